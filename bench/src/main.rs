@@ -1,0 +1,2 @@
+//! Measures vhost-user switches side by side.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Poll-mode driver for the Intel 82599 Virtual Function.
