@@ -1,1 +1,3 @@
 //! Ringway
+
+pub mod dataplane;

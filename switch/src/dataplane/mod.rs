@@ -1,0 +1,10 @@
+//! The fast half: what happens to a frame. Knows no sockets, no rings, no files.
+
+pub mod clock;
+pub mod counters;
+pub mod eth;
+pub mod frame;
+// pub mod mailbox;
+pub mod port_set;
+pub mod queue;
+// pub mod worker;
