@@ -1,0 +1,466 @@
+//! Virtqueues in a guest's memory, seen by the device: one interface to both layouts, chosen once per burst.
+//!
+//! A turn at a ring is `fetch`, use the buffers, `complete`. `fetch` does not consume: asked again, it fetches the same
+//! buffers again. Everything the guest wrote is read once, checked, and used from the copy; a guest that breaks the rules of
+//! the layout gets a [`Lie`], which ends its ring, and a buffer that merely cannot be used becomes a [`Fault`].
+#![allow(unsafe_code)]
+
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+
+use super::guest_mem::{GuestMem, Hit};
+use super::packed::PackedRing;
+use super::split::SplitRing;
+
+/// Buffers per fetch.
+pub const BATCH: usize = 64;
+/// Pieces (descriptors) one buffer may have: 64 KiB in 2 KiB pieces, and its header.
+pub const PIECES_MAX: usize = 41;
+/// Bytes of `struct virtio_net_hdr_v1` in front of every frame (virtio 1.2 §5.1.6).
+pub const NET_HEADER: u32 = 12;
+
+/// Descriptor flags (virtio 1.2 §2.7.5, §2.8.6).
+pub mod flag {
+    /// The chain goes on.
+    pub const NEXT: u16 = 1;
+    /// For the device to write.
+    pub const WRITE: u16 = 2;
+    /// The buffer is a table of descriptors.
+    pub const INDIRECT: u16 = 4;
+    /// Packed: available if equal to the driver's wrap counter, and [`USED`] is not.
+    pub const AVAIL: u16 = 1 << 7;
+    /// Packed: used if equal to the device's wrap counter.
+    pub const USED: u16 = 1 << 15;
+}
+
+/// Feature bits this crate knows (virtio 1.2 §5.1.3, §6; vhost-user protocol).
+pub mod feature {
+    /// Buffers for reception can be merged (VIRTIO_NET_F_MRG_RXBUF).
+    pub const MRG_RXBUF: u64 = 1 << 15;
+    /// The frontend serves a control queue (VIRTIO_NET_F_CTRL_VQ).
+    pub const CTRL_VQ: u64 = 1 << 17;
+    /// The guest can announce itself (VIRTIO_NET_F_GUEST_ANNOUNCE).
+    pub const GUEST_ANNOUNCE: u64 = 1 << 21;
+    /// Several queue pairs (VIRTIO_NET_F_MQ).
+    pub const MQ: u64 = 1 << 22;
+    /// Indirect descriptor tables (VIRTIO_F_INDIRECT_DESC).
+    pub const INDIRECT_DESC: u64 = 1 << 28;
+    /// Notification by index (VIRTIO_F_EVENT_IDX).
+    pub const EVENT_IDX: u64 = 1 << 29;
+    /// vhost-user protocol features (VHOST_USER_F_PROTOCOL_FEATURES).
+    pub const PROTOCOL_FEATURES: u64 = 1 << 30;
+    /// Virtio 1.0 and later (VIRTIO_F_VERSION_1).
+    pub const VERSION_1: u64 = 1 << 32;
+    /// Packed layout (VIRTIO_F_RING_PACKED).
+    pub const RING_PACKED: u64 = 1 << 34;
+    /// Buffers are used in the order they were made available (VIRTIO_F_IN_ORDER).
+    pub const IN_ORDER: u64 = 1 << 35;
+}
+
+/// Which way the frames of a ring go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Way {
+    /// The guest's transmit ring: buffers are read.
+    FromGuest,
+    /// The guest's receive ring: buffers are written.
+    ToGuest,
+}
+
+/// The guest broke the layout's rules: the ring cannot be used any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Lie {
+    /// More buffers available than the ring has descriptors.
+    #[error("available index is {pending} ahead in a ring of {size}")]
+    AvailIdx {
+        /// Buffers announced.
+        pending: u16,
+        /// Descriptors in the ring.
+        size: u16,
+    },
+    /// A descriptor number beyond the table.
+    #[error("descriptor {index} in a table of {size}")]
+    Index {
+        /// The number.
+        index: u16,
+        /// Descriptors in the table.
+        size: u16,
+    },
+    /// A chain longer than its table: it loops.
+    #[error("descriptor chain loops")]
+    Loop,
+    /// A writable buffer in a transmit ring, or a readable one in a receive ring.
+    #[error("descriptor for the wrong direction")]
+    Direction,
+    /// An indirect table that is nested, chained on, empty, of odd length, outside memory, or was not negotiated.
+    #[error("malformed indirect table")]
+    Indirect,
+}
+
+/// This buffer cannot be used, the ring can.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fault {
+    /// Outside the memory the guest shared.
+    BadAddress,
+    /// More than [`PIECES_MAX`] pieces.
+    TooManyPieces,
+}
+
+/// One piece of a buffer, checked against the guest's memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece {
+    /// Where it is mapped here.
+    pub at: *mut u8,
+    /// Its length in bytes.
+    pub len: u32,
+}
+
+/// One buffer of a ring: a checked piece of memory, or several.
+#[derive(Clone, Copy, Debug)]
+pub struct Buffer {
+    /// Its first byte, as mapped here.
+    pub at: *mut u8,
+    /// Bytes at `at`.
+    pub len: u32,
+    /// Mapped bytes from `at` to the end of its region; at least `len`.
+    pub room: u32,
+    /// All pieces, if there are several: `spill[from..from + pieces]`; 0 for a buffer in one piece.
+    pub pieces: u16,
+    /// See `pieces`.
+    pub from: u16,
+    /// Why it cannot be used.
+    pub fault: Option<Fault>,
+}
+
+pub(super) const NO_BUFFER: Buffer = Buffer {
+    at: ptr::null_mut(),
+    len: 0,
+    room: 0,
+    pieces: 0,
+    from: 0,
+    fault: None,
+};
+
+/// The buffers of one fetch.
+pub struct Buffers {
+    pub(super) list: [Buffer; BATCH],
+    pub(super) spill: [Piece; BATCH * 8],
+    pub(super) spilled: usize,
+}
+
+// SAFETY: the pointers go into a guest's memory, which the ring's `Arc<GuestMem>` keeps mapped; they are plain addresses.
+unsafe impl Send for Buffers {}
+
+impl Buffers {
+    /// Room for one fetch, on the heap.
+    pub fn new() -> Box<Buffers> {
+        Box::new(Buffers {
+            list: [NO_BUFFER; BATCH],
+            spill: [Piece {
+                at: ptr::null_mut(),
+                len: 0,
+            }; BATCH * 8],
+            spilled: 0,
+        })
+    }
+
+    /// Buffer number `index` of the last fetch.
+    #[inline]
+    pub fn buffer(&self, index: usize) -> &Buffer {
+        &self.list[index % BATCH]
+    }
+
+    /// All pieces of a buffer that has several.
+    #[inline]
+    pub fn pieces(&self, buffer: &Buffer) -> &[Piece] {
+        let from = usize::from(buffer.from);
+        self.spill
+            .get(from..from + usize::from(buffer.pieces))
+            .unwrap_or(&[])
+    }
+}
+
+/// A descriptor as it stood in memory when it was read (virtio 1.2 §2.7.5; the packed layout differs in the last words).
+#[derive(Clone, Copy)]
+pub(super) struct Desc {
+    pub(super) addr: u64,
+    pub(super) len: u32,
+    /// Split: flags; packed: buffer id.
+    pub(super) third: u16,
+    /// Split: next; packed: flags.
+    pub(super) fourth: u16,
+}
+
+impl Desc {
+    /// Reads a descriptor's two words, each once.
+    ///
+    /// # Safety
+    /// 16 bytes at `at` are mapped; `at` is aligned to 16.
+    #[inline]
+    pub(super) unsafe fn read(at: *const u64) -> Desc {
+        // SAFETY: the caller's promise.
+        let (addr, rest) = unsafe { (ptr::read_volatile(at), ptr::read_volatile(at.add(1))) };
+        Desc {
+            addr,
+            len: rest as u32,
+            third: (rest >> 32) as u16,
+            fourth: (rest >> 48) as u16,
+        }
+    }
+}
+
+/// Where a guest put a ring, and how both sides agreed to use it.
+pub struct RingSetup {
+    /// The guest's memory; the ring keeps it mapped.
+    pub mem: Arc<GuestMem>,
+    /// Descriptors: a power of two up to 32768 for split rings, 1 to 32768 for packed ones.
+    pub size: u16,
+    /// Descriptor table or packed ring (frontend's address space).
+    pub desc: u64,
+    /// Available ring; packed: driver event suppression area.
+    pub avail: u64,
+    /// Used ring; packed: device event suppression area.
+    pub used: u64,
+    /// SET_VRING_BASE: split: next available index; packed: see `packed.rs`.
+    pub base: u32,
+    /// Negotiated features.
+    pub features: u64,
+    /// Direction.
+    pub way: Way,
+}
+
+/// A ring cannot be set up as the frontend asked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum BadSetup {
+    /// The size is not allowed.
+    #[error("ring size {0} is not allowed")]
+    Size(u16),
+    /// An address is not aligned as the layout demands.
+    #[error("ring address {0:#x} is misaligned")]
+    Align(u64),
+    /// A part of the ring lies outside the shared memory, or across two regions.
+    #[error("ring part at {0:#x} is outside the shared memory")]
+    Outside(u64),
+}
+
+impl RingSetup {
+    /// Finds a part of the ring in our address space.
+    pub(super) fn part(&self, at: u64, len: u64, align: u64) -> Result<*mut u8, BadSetup> {
+        if at % align != 0 {
+            return Err(BadSetup::Align(at));
+        }
+        let part = self
+            .mem
+            .translate_uva(at, len)
+            .map(NonNull::as_ptr)
+            .ok_or(BadSetup::Outside(at))?;
+        if part.addr() as u64 % align != 0 {
+            return Err(BadSetup::Align(at));
+        }
+        Ok(part)
+    }
+
+    pub(super) fn has(&self, feature: u64) -> bool {
+        self.features & feature != 0
+    }
+}
+
+/// A ring of either layout.
+pub enum Ring {
+    /// virtio 1.2 §2.7.
+    Split(SplitRing),
+    /// virtio 1.2 §2.8.
+    Packed(PackedRing),
+}
+
+impl Ring {
+    /// Sets a ring up as negotiated.
+    pub fn new(setup: RingSetup) -> Result<Ring, BadSetup> {
+        if setup.has(feature::RING_PACKED) {
+            PackedRing::new(setup).map(Ring::Packed)
+        } else {
+            SplitRing::new(setup).map(Ring::Split)
+        }
+    }
+
+    /// Fetches up to `most` (≤ [`BATCH`]) buffers in order, without consuming them; returns how many.
+    #[inline]
+    pub fn fetch(&mut self, buffers: &mut Buffers, most: usize) -> Result<usize, Lie> {
+        match self {
+            Ring::Split(ring) => ring.fetch(buffers, most),
+            Ring::Packed(ring) => ring.fetch(buffers, most),
+        }
+    }
+
+    /// Gives the first `count` fetched buffers back. `written[i]` bytes were written to buffer `i` of a receive ring;
+    /// shorter or empty: 0.
+    #[inline]
+    pub fn complete(&mut self, count: usize, written: &[u32]) {
+        match self {
+            Ring::Split(ring) => ring.complete(count, written),
+            Ring::Packed(ring) => ring.complete(count, written),
+        }
+    }
+
+    /// True if the guest wants to be called about what was completed since the last time this was asked.
+    #[inline]
+    pub fn call_wanted(&mut self) -> bool {
+        match self {
+            Ring::Split(ring) => ring.call_wanted(),
+            Ring::Packed(ring) => ring.call_wanted(),
+        }
+    }
+
+    /// Asks the guest to kick when it makes the next buffer available; true if one is available already.
+    pub fn arm(&mut self) -> bool {
+        match self {
+            Ring::Split(ring) => ring.arm(),
+            Ring::Packed(ring) => ring.arm(),
+        }
+    }
+
+    /// Asks the guest not to kick.
+    pub fn disarm(&mut self) {
+        match self {
+            Ring::Split(ring) => ring.disarm(),
+            Ring::Packed(ring) => ring.disarm(),
+        }
+    }
+
+    /// What GET_VRING_BASE answers, and what a ring that goes on here is set up with.
+    pub fn base(&self) -> u32 {
+        match self {
+            Ring::Split(ring) => ring.base(),
+            Ring::Packed(ring) => ring.base(),
+        }
+    }
+
+    /// The guest's memory.
+    pub fn mem(&self) -> &Arc<GuestMem> {
+        match self {
+            Ring::Split(ring) => &ring.mem,
+            Ring::Packed(ring) => &ring.mem,
+        }
+    }
+
+    /// "split" or "packed".
+    pub fn layout(&self) -> &'static str {
+        match self {
+            Ring::Split(_) => "split",
+            Ring::Packed(_) => "packed",
+        }
+    }
+}
+
+/// Collects the pieces of one chained or indirect buffer.
+pub(super) struct Chain<'a> {
+    pub(super) buffers: &'a mut Buffers,
+    pub(super) mem: &'a GuestMem,
+    pub(super) hit: &'a mut Hit,
+    pub(super) way: Way,
+    from: usize,
+    fault: Option<Fault>,
+}
+
+/// No room for the pieces of this buffer in this batch: it comes first in the next one.
+pub(super) struct BatchFull;
+
+impl<'a> Chain<'a> {
+    pub(super) fn new(
+        buffers: &'a mut Buffers,
+        mem: &'a GuestMem,
+        hit: &'a mut Hit,
+        way: Way,
+    ) -> Chain<'a> {
+        let from = buffers.spilled;
+        Chain {
+            buffers,
+            mem,
+            hit,
+            way,
+            from,
+            fault: None,
+        }
+    }
+
+    /// Adds one descriptor's memory.
+    pub(super) fn add(&mut self, addr: u64, len: u32, flags: u16) -> Result<(), Lie> {
+        if (flags & flag::WRITE != 0) != (self.way == Way::ToGuest) {
+            return Err(Lie::Direction);
+        }
+        if self.fault.is_some() || len == 0 {
+            return Ok(()); // the chain is walked to its end all the same: a loop is worse than a fault
+        }
+        let count = self.buffers.spilled - self.from;
+        if count == PIECES_MAX {
+            self.fault = Some(Fault::TooManyPieces);
+            return Ok(());
+        }
+        match (
+            self.mem.translate(self.hit, addr, len),
+            self.buffers.spill.get_mut(self.buffers.spilled),
+        ) {
+            (None, _) => self.fault = Some(Fault::BadAddress),
+            (Some(_), None) => self.fault = Some(Fault::TooManyPieces),
+            (Some(at), Some(slot)) => {
+                *slot = Piece {
+                    at: at.as_ptr(),
+                    len,
+                };
+                self.buffers.spilled += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// The finished buffer.
+    pub(super) fn end(self) -> Result<Buffer, BatchFull> {
+        let count = self.buffers.spilled - self.from;
+        let full = self.buffers.spilled == self.buffers.spill.len();
+        if let Some(fault) = self.fault {
+            self.buffers.spilled = self.from;
+            if full && self.from != 0 {
+                return Err(BatchFull);
+            }
+            return Ok(Buffer {
+                fault: Some(fault),
+                ..NO_BUFFER
+            });
+        }
+        match self.buffers.spill.get(self.from) {
+            _ if count == 0 => Ok(NO_BUFFER),
+            Some(first) => Ok(Buffer {
+                at: first.at,
+                len: first.len,
+                room: first.len,
+                pieces: count as u16,
+                from: self.from as u16,
+                fault: None,
+            }),
+            None => Ok(NO_BUFFER),
+        }
+    }
+}
+
+/// Fetches the line at `at` for reading.
+#[inline]
+pub fn prefetch_read(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults and changes nothing but caches.
+    unsafe {
+        core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+/// Fetches the line at `at` for writing: takes it away from the other side's cache at once.
+#[inline]
+pub fn prefetch_write(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: PREFETCHW never faults; processors without it treat it as a no-op.
+    unsafe {
+        core::arch::asm!("prefetchw [{}]", in(reg) at, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}

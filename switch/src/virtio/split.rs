@@ -1,0 +1,360 @@
+//! The split virtqueue, device side (virtio 1.2 §2.7).
+//!
+//! Layout, all little-endian: descriptor table, 16 bytes each: u64 address, u32 length, u16 flags, u16 next. Available ring:
+//! u16 flags, u16 idx, u16 ring[size], u16 used_event. Used ring: u16 flags, u16 idx, {u32 id, u32 len} ring[size],
+//! u16 avail_event.
+#![allow(unsafe_code)]
+
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering, fence};
+
+use super::guest_mem::{GuestMem, Hit};
+use super::ring::{
+    BATCH, BadSetup, BatchFull, Buffer, Buffers, Chain, Desc, Fault, Lie, NET_HEADER, NO_BUFFER,
+    RingSetup, Way, feature, flag, prefetch_read, prefetch_write,
+};
+
+/// `avail.flags`: the driver wants no call; `used.flags`: the device wants no kick (virtio 1.2 §2.7.6, §2.7.8).
+const NO_NOTIFY: u16 = 1;
+/// Bytes of a descriptor.
+const DESC: usize = 16;
+
+/// A split ring, used by one thread at a time.
+pub struct SplitRing {
+    pub(super) mem: Arc<GuestMem>,
+    desc: *const u8,
+    avail: *const u8,
+    used: *mut u8,
+    size: u16,
+    way: Way,
+    in_order: bool,
+    event_idx: bool,
+    indirect: bool,
+    /// Next buffer to fetch; also the used index, since buffers are completed in the order they were made available.
+    next: u16,
+    /// The guest's `avail.idx` when it was last read.
+    seen: u16,
+    /// `next` when `call_wanted` was last asked.
+    called_at: u16,
+    hit: Hit,
+    /// Heads of the fetched buffers.
+    heads: [u16; BATCH],
+}
+
+// SAFETY: the pointers go into memory that `mem` keeps mapped; the ring is used by one thread at a time (`&mut self`).
+unsafe impl Send for SplitRing {}
+
+impl SplitRing {
+    /// Checks the setup and takes the ring.
+    pub(super) fn new(setup: RingSetup) -> Result<SplitRing, BadSetup> {
+        let size = u64::from(setup.size);
+        if !setup.size.is_power_of_two() || size > 32768 {
+            return Err(BadSetup::Size(setup.size));
+        }
+        let mut ring = SplitRing {
+            desc: setup.part(setup.desc, 16 * size, 16)?,
+            avail: setup.part(setup.avail, 6 + 2 * size, 2)?,
+            used: setup.part(setup.used, 6 + 8 * size, 4)?,
+            size: setup.size,
+            way: setup.way,
+            in_order: setup.has(feature::IN_ORDER),
+            event_idx: setup.has(feature::EVENT_IDX),
+            indirect: setup.has(feature::INDIRECT_DESC),
+            next: setup.base as u16,
+            seen: setup.base as u16,
+            called_at: setup.base as u16,
+            hit: Hit::default(),
+            heads: [0; BATCH],
+            mem: setup.mem,
+        };
+        // A virtio_user frontend that reconnects says base 0 but does not reset its rings: what the guest believes to have
+        // got back is `used.idx`, so go on there. Frames in flight then may be sent twice or lost, the ring is sound.
+        let used = ring.used_idx().load(Ordering::Relaxed);
+        if used != ring.next {
+            (ring.next, ring.seen, ring.called_at) = (used, used, used);
+        }
+        ring.disarm();
+        Ok(ring)
+    }
+
+    fn mask(&self) -> u16 {
+        self.size - 1
+    }
+
+    /// The u16 at `offset` of the available ring.
+    #[inline]
+    fn avail_u16(&self, offset: usize) -> &AtomicU16 {
+        debug_assert!(offset.is_multiple_of(2) && offset < 6 + 2 * usize::from(self.size));
+        // SAFETY: `new` checked that 6 + 2·size bytes are mapped at `avail` and 2-aligned; offsets are flags (0), idx (2),
+        // 4 + 2·(masked index), used_event (4 + 2·size). An atomic may be changed by others at any time.
+        unsafe { &*self.avail.add(offset).cast::<AtomicU16>() }
+    }
+
+    /// The u16 at `offset` of the used ring.
+    #[inline]
+    fn used_u16(&self, offset: usize) -> &AtomicU16 {
+        debug_assert!(offset.is_multiple_of(2) && offset < 6 + 8 * usize::from(self.size));
+        // SAFETY: as in `avail_u16`: 6 + 8·size bytes at `used`; offsets are flags (0), idx (2), avail_event (4 + 8·size).
+        unsafe { &*self.used.add(offset).cast::<AtomicU16>() }
+    }
+
+    fn used_idx(&self) -> &AtomicU16 {
+        self.used_u16(2)
+    }
+
+    #[inline]
+    fn desc_at(&self, index: u16) -> *const u8 {
+        // SAFETY: `index < size` (checked or masked by the callers) and `size` descriptors are mapped at `desc`.
+        unsafe { self.desc.add(DESC * usize::from(index)) }
+    }
+
+    /// See [`super::ring::Ring::fetch`].
+    #[inline]
+    pub(super) fn fetch(&mut self, buffers: &mut Buffers, most: usize) -> Result<usize, Lie> {
+        let most = most.min(BATCH);
+        let mut pending = self.seen.wrapping_sub(self.next);
+        if usize::from(pending) < most {
+            // Acquire: pairs with the guest's Release store of avail.idx (§2.7.13.3): what it announces is written.
+            self.seen = self.avail_u16(2).load(Ordering::Acquire);
+            pending = self.seen.wrapping_sub(self.next);
+            if pending > self.size {
+                return Err(Lie::AvailIdx {
+                    pending,
+                    size: self.size,
+                });
+            }
+        }
+        let count = usize::from(pending).min(most);
+        if count == 0 {
+            return Ok(0);
+        }
+        // 1. Heads; the descriptors' lines are on their way.
+        let mask = self.mask();
+        for index in 0..count {
+            let slot = self.next.wrapping_add(index as u16) & mask;
+            let head = self
+                .avail_u16(4 + 2 * usize::from(slot))
+                .load(Ordering::Relaxed);
+            if head >= self.size {
+                return Err(Lie::Index {
+                    index: head,
+                    size: self.size,
+                });
+            }
+            self.heads[index] = head;
+            prefetch_read(self.desc_at(head));
+        }
+        // 2. Descriptors; the buffers' lines are on their way.
+        buffers.spilled = 0;
+        for index in 0..count {
+            // SAFETY: `head < size`, checked above; aligned to 16 by `new`.
+            let desc = unsafe { Desc::read(self.desc_at(self.heads[index] & mask).cast()) };
+            let (flags, plain) = (
+                desc.third,
+                if self.way == Way::ToGuest {
+                    flag::WRITE
+                } else {
+                    0
+                },
+            );
+            let buffer = if flags == plain {
+                self.one_piece(&desc)
+            } else {
+                match self.chain(buffers, desc)? {
+                    Ok(buffer) => buffer,
+                    Err(BatchFull) => return Ok(index),
+                }
+            };
+            buffers.list[index] = buffer;
+        }
+        Ok(count)
+    }
+
+    #[inline]
+    fn one_piece(&mut self, desc: &Desc) -> Buffer {
+        let Some(at) = self.mem.translate(&mut self.hit, desc.addr, desc.len) else {
+            return Buffer {
+                fault: Some(Fault::BadAddress),
+                ..NO_BUFFER
+            };
+        };
+        let at = at.as_ptr();
+        let payload = at.wrapping_add(NET_HEADER as usize);
+        if self.way == Way::ToGuest {
+            prefetch_write(at);
+            prefetch_write(payload);
+        } else {
+            prefetch_read(payload);
+        }
+        Buffer {
+            at,
+            len: desc.len,
+            room: self.hit.room(at),
+            ..NO_BUFFER
+        }
+    }
+
+    /// Walks a chain or an indirect table (§2.7.5.1, §2.7.5.3). Every step is counted: a chain cannot be longer than its table.
+    #[cold]
+    fn chain(
+        &mut self,
+        buffers: &mut Buffers,
+        first: Desc,
+    ) -> Result<Result<Buffer, BatchFull>, Lie> {
+        let mem = self.mem.clone();
+        let mut hit = self.hit;
+        let mut chain = Chain::new(buffers, &mem, &mut hit, self.way);
+        let mut desc = first;
+        for _ in 0..self.size {
+            let flags = desc.third;
+            if flags & flag::INDIRECT != 0 {
+                self.indirect(&mut chain, &desc)?;
+                return Ok(chain.end());
+            }
+            chain.add(desc.addr, desc.len, flags)?;
+            if flags & flag::NEXT == 0 {
+                return Ok(chain.end());
+            }
+            if desc.fourth >= self.size {
+                return Err(Lie::Index {
+                    index: desc.fourth,
+                    size: self.size,
+                });
+            }
+            // SAFETY: `fourth < size`, just checked.
+            desc = unsafe { Desc::read(self.desc_at(desc.fourth & self.mask()).cast()) };
+        }
+        Err(Lie::Loop)
+    }
+
+    /// An indirect table ends its chain (§2.7.5.3.1), is not nested, and its `next` stay inside it.
+    fn indirect(&self, chain: &mut Chain<'_>, table: &Desc) -> Result<(), Lie> {
+        let count = table.len as usize / DESC;
+        if !self.indirect
+            || table.third & flag::NEXT != 0
+            || count == 0
+            || count > usize::from(u16::MAX)
+            || !(table.len as usize).is_multiple_of(DESC)
+        {
+            return Err(Lie::Indirect);
+        }
+        let Some(base) = chain.mem.translate(chain.hit, table.addr, table.len) else {
+            return Err(Lie::Indirect);
+        };
+        let mut index = 0usize;
+        for _ in 0..count {
+            // SAFETY: `index < count`, and count·16 bytes are mapped at `base`. The table need not be aligned.
+            let desc = unsafe { read_unaligned_desc(base.as_ptr().add(DESC * index)) };
+            if desc.third & flag::INDIRECT != 0 {
+                return Err(Lie::Indirect);
+            }
+            chain.add(desc.addr, desc.len, desc.third)?;
+            if desc.third & flag::NEXT == 0 {
+                return Ok(());
+            }
+            index = usize::from(desc.fourth);
+            if index >= count {
+                return Err(Lie::Indirect);
+            }
+        }
+        Err(Lie::Loop)
+    }
+
+    /// See [`super::ring::Ring::complete`].
+    #[inline]
+    pub(super) fn complete(&mut self, count: usize, written: &[u32]) {
+        if count == 0 {
+            return;
+        }
+        debug_assert!(count <= BATCH);
+        if self.in_order && self.way == Way::FromGuest {
+            // One element stands for the whole batch: the last buffer's, in the first slot (§2.7.9).
+            self.put_used(self.next, self.heads[(count - 1) % BATCH], 0);
+        } else {
+            for index in 0..count {
+                let len = written.get(index).copied().unwrap_or(0);
+                self.put_used(
+                    self.next.wrapping_add(index as u16),
+                    self.heads[index % BATCH],
+                    len,
+                );
+            }
+        }
+        self.next = self.next.wrapping_add(count as u16);
+        // Release: pairs with the guest's Acquire load of used.idx (§2.7.14): elements and buffers are written.
+        self.used_idx().store(self.next, Ordering::Release);
+    }
+
+    #[inline]
+    fn put_used(&mut self, slot: u16, head: u16, len: u32) {
+        let slot = usize::from(slot & self.mask());
+        // SAFETY: slot < size; 4 + 8·size bytes are mapped at `used`, which is 4-aligned, so the pair is written as one
+        // possibly unaligned u64.
+        unsafe {
+            let at = self.used.add(4 + 8 * slot).cast::<u64>();
+            ptr::write_unaligned(at, u64::from(head) | u64::from(len) << 32);
+        }
+    }
+
+    /// See [`super::ring::Ring::call_wanted`].
+    #[inline]
+    pub(super) fn call_wanted(&mut self) -> bool {
+        let (old, new) = (self.called_at, self.next);
+        self.called_at = new;
+        if old == new {
+            return false;
+        }
+        // SeqCst: orders our store of used.idx before the load of what the guest wants; pairs with the guest's fence between
+        // storing that and looking at used.idx again (§2.7.7.1, §2.7.10).
+        fence(Ordering::SeqCst);
+        if self.event_idx {
+            let event = self
+                .avail_u16(4 + 2 * usize::from(self.size))
+                .load(Ordering::Relaxed);
+            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            self.avail_u16(0).load(Ordering::Relaxed) & NO_NOTIFY == 0
+        }
+    }
+
+    /// See [`super::ring::Ring::arm`].
+    pub(super) fn arm(&mut self) -> bool {
+        if self.event_idx {
+            self.used_u16(4 + 8 * usize::from(self.size))
+                .store(self.next, Ordering::Relaxed);
+        } else {
+            self.used_u16(0).store(0, Ordering::Relaxed);
+        }
+        // SeqCst: orders the wish before the last look; pairs with the guest's fence between avail.idx and reading the wish (§2.7.10).
+        fence(Ordering::SeqCst);
+        self.avail_u16(2).load(Ordering::Relaxed) != self.next
+    }
+
+    /// See [`super::ring::Ring::disarm`].
+    pub(super) fn disarm(&mut self) {
+        if !self.event_idx {
+            self.used_u16(0).store(NO_NOTIFY, Ordering::Relaxed);
+        }
+        // With EVENT_IDX a stale avail_event means: no kick until the index has gone once around.
+    }
+
+    /// See [`super::ring::Ring::base`].
+    pub(super) fn base(&self) -> u32 {
+        u32::from(self.next)
+    }
+}
+
+/// Reads a descriptor that may lie at any address.
+///
+/// # Safety
+/// 16 bytes at `at` are mapped.
+unsafe fn read_unaligned_desc(at: *const u8) -> Desc {
+    #[derive(Clone, Copy)]
+    #[repr(C, packed)]
+    struct Words(u64, u64);
+    // SAFETY: the caller's promise; volatile: read exactly once.
+    let words = unsafe { ptr::read_volatile(at.cast::<Words>()) };
+    // SAFETY: an aligned private copy.
+    unsafe { Desc::read([words.0, words.1].as_ptr()) }
+}
