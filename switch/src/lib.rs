@@ -1,3 +1,4 @@
 //! Ringway
 
+pub mod control;
 pub mod dataplane;

@@ -1,0 +1,10 @@
+//! The slow half: may block, allocate and log; never touches a frame.
+//!
+//! [`config`] says what is wanted, [`plan`] how to get there from what is, [`state`] what is; [`api`] tells both to the outside.
+
+pub mod config;
+pub mod cpu;
+mod keys;
+pub mod plan;
+pub mod spec;
+pub mod state;
