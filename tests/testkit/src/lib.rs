@@ -1,1 +1,20 @@
-//! Shared pieces of the tests and benchmarks.
+//! Shared pieces of the tests and benchmarks: real peers, and the rules under which tests may skip.
+//!
+//! - [`process`]: a child with a deadline on every wait, which never outlives its test
+//! - [`skip`]: `require!` and `skip!`, loud skips
+//! - [`testpmd`]: a real DPDK client or backend
+
+pub mod process;
+pub mod skip;
+pub mod testpmd;
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+/// Lets every user into a folder and onto the sockets in it, as a container with its own uid needs.
+pub fn open_to_all(dir: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        std::fs::set_permissions(entry?.path(), std::fs::Permissions::from_mode(0o666))?;
+    }
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o777))
+}

@@ -1,0 +1,567 @@
+//! A real `dpdk-testpmd`: the client in a container (`net_virtio_user`), or a backend that does not switch (`net_vhost`).
+//!
+//! ```no_run
+//! # fn main() -> anyhow::Result<()> {
+//! use testkit::testpmd::{Config, VirtioUser};
+//! let ports = [VirtioUser::new("/tmp/blue.sock", 1), VirtioUser::new("/tmp/red.sock", 2)];
+//! let mut client = Config::pair(ports).start()?;
+//! client.command("start tx_first 16")?;
+//! let ports = client.stats()?;
+//! # Ok(()) }
+//! ```
+//!
+//! In a *pair* the two ports face each other through the switch: what one receives the other sends on unchanged, so a
+//! closed loop of frames circulates in both directions and the addresses stay right for a switch that learns.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::process::{Launch, Process};
+
+const PROMPT: &str = "testpmd> ";
+
+/// EAL start with hugepages takes 1-2 s on a quiet machine, with two busy polls on two cores far more.
+const START: Duration = Duration::from_secs(60);
+/// Every command but `quit` answers at once; `start tx_first` and `stop` wait for a core that may have to share its CPU.
+const COMMAND: Duration = Duration::from_secs(30);
+
+/// Which rings and which burst functions the frontend uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Variant {
+    /// Split, mergeable, in order: what virtio_user takes when everything is offered.
+    Split,
+    /// Split, vectorized: neither mergeable nor in order. Its receiver needs bursts of 4 frames.
+    SplitVec,
+    /// Split, in order, not mergeable.
+    SplitOrd,
+    /// Split, mergeable, not in order.
+    SplitMergeable,
+    /// Split, neither mergeable nor in order, scalar.
+    SplitPlain,
+    /// Packed, mergeable, in order.
+    Packed,
+    /// Packed, vectorized (needs AVX-512, else falls back to scalar): in order, not mergeable.
+    PackedVec,
+    /// Packed, in order, not mergeable.
+    PackedOrd,
+    /// Packed, mergeable, not in order.
+    PackedMergeable,
+    /// Packed, neither mergeable nor in order.
+    PackedPlain,
+}
+
+impl Variant {
+    /// Every path through DPDK's virtio driver.
+    pub const ALL: [Self; 10] = [
+        Self::Split,
+        Self::SplitVec,
+        Self::SplitOrd,
+        Self::SplitMergeable,
+        Self::SplitPlain,
+        Self::Packed,
+        Self::PackedVec,
+        Self::PackedOrd,
+        Self::PackedMergeable,
+        Self::PackedPlain,
+    ];
+
+    /// Options appended to the vdev.
+    pub fn options(self) -> &'static str {
+        match self {
+            Self::Split => "",
+            Self::SplitVec => ",mrg_rxbuf=0,in_order=0,vectorized=1",
+            Self::SplitOrd => ",mrg_rxbuf=0,in_order=1",
+            Self::SplitMergeable => ",mrg_rxbuf=1,in_order=0",
+            Self::SplitPlain => ",mrg_rxbuf=0,in_order=0",
+            Self::Packed => ",packed_vq=1",
+            Self::PackedVec => ",packed_vq=1,mrg_rxbuf=0,in_order=1,vectorized=1",
+            Self::PackedOrd => ",packed_vq=1,mrg_rxbuf=0,in_order=1",
+            Self::PackedMergeable => ",packed_vq=1,mrg_rxbuf=1,in_order=0",
+            Self::PackedPlain => ",packed_vq=1,mrg_rxbuf=0,in_order=0",
+        }
+    }
+}
+
+/// A `net_virtio_user` port.
+#[derive(Debug, Clone)]
+pub struct VirtioUser {
+    /// The vhost-user socket.
+    pub socket: PathBuf,
+    /// The port listens (`server=1`) and the switch connects.
+    pub server: bool,
+    /// Last byte of the MAC address 02:00:00:00:00:xx.
+    pub station: u8,
+    /// Entries per ring.
+    pub queue_size: u16,
+    /// Queue pairs.
+    pub queues: u16,
+    /// Rings and burst functions.
+    pub variant: Variant,
+}
+
+impl VirtioUser {
+    /// A client-mode port with one pair of split rings of 1024.
+    pub fn new(socket: impl AsRef<Path>, station: u8) -> Self {
+        let socket = socket.as_ref().to_path_buf();
+        Self {
+            socket,
+            server: false,
+            station,
+            queue_size: 1024,
+            queues: 1,
+            variant: Variant::Split,
+        }
+    }
+
+    /// The port's MAC address.
+    pub fn mac(&self) -> String {
+        format!("02:00:00:00:00:{:02x}", self.station)
+    }
+
+    /// The `--vdev` argument of port `index`.
+    pub fn vdev(&self, index: usize) -> String {
+        let server = if self.server { ",server=1" } else { "" };
+        let (path, mac, size) = (self.socket.display(), self.mac(), self.queue_size);
+        let (queues, options) = (self.queues, self.variant.options());
+        format!(
+            "net_virtio_user{index},path={path}{server},mac={mac},queue_size={size},queues={queues}{options}"
+        )
+    }
+}
+
+/// Where DPDK takes its memory from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    /// So many MB of 2 MB hugepages in one file (`--single-file-segments`): within the limit of 8 regions.
+    Hugepages(u32),
+    /// So many MB of hugepages, a file per page: fails in the frontend on the limit of 8 regions.
+    HugepageFiles(u32),
+    /// So many MB of ordinary pages (`--no-huge`): needs no preparation of the host.
+    NoHuge(u32),
+}
+
+/// How to start a testpmd.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// `--vdev` arguments; see [`VirtioUser::vdev`].
+    pub vdevs: Vec<String>,
+    /// Memory.
+    pub memory: Memory,
+    /// The command line runs on the first of these CPUs, forwarding on the second.
+    pub cpus: (usize, usize),
+    /// EAL arguments, before the `--`.
+    pub eal: Vec<String>,
+    /// testpmd arguments, after the `--`.
+    pub args: Vec<String>,
+    /// Run as this user, without any capability.
+    pub uid: Option<u32>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let last = std::thread::available_parallelism().map_or(1, usize::from) - 1;
+        Self {
+            vdevs: Vec::new(),
+            memory: Memory::Hugepages(192),
+            cpus: (0, last.min(1)),
+            eal: vec!["--force-max-simd-bitwidth=512".to_owned()],
+            args: [
+                "--nb-cores=1",
+                "--txd=1024",
+                "--rxd=1024",
+                "--total-num-mbufs=16384",
+            ]
+            .map(str::to_owned)
+            .into(),
+            uid: None,
+        }
+    }
+}
+
+impl Config {
+    /// Two ports that send each other's frames through the switch.
+    pub fn pair(ports: [VirtioUser; 2]) -> Self {
+        let mut config = Self::default();
+        config.vdevs = ports
+            .iter()
+            .enumerate()
+            .map(|(i, port)| port.vdev(i))
+            .collect();
+        let queues = ports[0].queues.min(ports[1].queues);
+        config
+            .args
+            .extend(["--port-topology=paired", "--forward-mode=io"].map(str::to_owned));
+        config.args.extend([
+            format!("--eth-peer=0,{}", ports[1].mac()),
+            format!("--eth-peer=1,{}", ports[0].mac()),
+        ]);
+        if queues > 1 {
+            config
+                .args
+                .extend([format!("--rxq={queues}"), format!("--txq={queues}")]);
+        }
+        config
+    }
+
+    /// One port that returns each frame to its sender: of two such containers one starts with `start tx_first`.
+    pub fn single(port: &VirtioUser, peer: &VirtioUser) -> Self {
+        let mut config = Self {
+            vdevs: vec![port.vdev(0)],
+            memory: Memory::Hugepages(128),
+            ..Self::default()
+        };
+        config
+            .args
+            .extend(["--port-topology=loop", "--forward-mode=macswap"].map(str::to_owned));
+        config.args.push(format!("--eth-peer=0,{}", peer.mac()));
+        config
+    }
+
+    /// The switch that does not switch: two `net_vhost` ports, frames handed over unseen (`io`). Both threads share a CPU.
+    pub fn vhost_io(sockets: [&Path; 2], queues: u16) -> Self {
+        let vdev = |(i, path): (usize, &&Path)| {
+            format!("net_vhost{i},iface={},queues={queues}", path.display())
+        };
+        let mut config = Self {
+            vdevs: sockets.iter().enumerate().map(vdev).collect(),
+            cpus: (0, 0),
+            ..Self::default()
+        };
+        config
+            .args
+            .extend(["--forward-mode=io".to_owned(), "--auto-start".to_owned()]);
+        if queues > 1 {
+            config
+                .args
+                .extend([format!("--rxq={queues}"), format!("--txq={queues}")]);
+        }
+        config
+    }
+
+    /// Frames of up to 9000 bytes in buffers that hold one (`mergeable` rings also manage with small ones).
+    pub fn jumbo(mut self) -> Self {
+        self.args.retain(|a| !a.starts_with("--total-num-mbufs"));
+        self.args.extend(
+            [
+                "--mbuf-size=9728",
+                "--max-pkt-len=9018",
+                "--total-num-mbufs=10240",
+            ]
+            .map(str::to_owned),
+        );
+        self.memory = match self.memory {
+            Memory::NoHuge(mb) => Memory::NoHuge(mb.max(256)),
+            Memory::Hugepages(mb) | Memory::HugepageFiles(mb) => Memory::Hugepages(mb.max(256)),
+        };
+        self
+    }
+
+    /// The command line, as a person would type it.
+    pub fn command_line(&self, prefix: &str) -> Vec<String> {
+        let (main, forward) = self.cpus;
+        let mut line = vec![
+            "dpdk-testpmd".to_owned(),
+            "--lcores".to_owned(),
+            format!("0@{main},1@{forward}"),
+        ];
+        line.extend(["--main-lcore", "0", "--no-pci", "--no-telemetry"].map(str::to_owned));
+        line.push(format!("--file-prefix={prefix}"));
+        match self.memory {
+            Memory::Hugepages(mb) => {
+                line.extend(
+                    ["--in-memory", "--single-file-segments", "--socket-mem"].map(str::to_owned),
+                );
+                line.push(mb.to_string());
+            }
+            Memory::HugepageFiles(mb) => {
+                line.extend([
+                    "--in-memory".to_owned(),
+                    "--socket-mem".to_owned(),
+                    mb.to_string(),
+                ]);
+            }
+            Memory::NoHuge(mb) => {
+                line.extend(["--no-huge".to_owned(), "-m".to_owned(), mb.to_string()])
+            }
+        }
+        line.extend(self.eal.iter().cloned());
+        line.extend(self.vdevs.iter().map(|vdev| format!("--vdev={vdev}")));
+        line.extend(["--", "-i"].map(str::to_owned));
+        line.extend(self.args.iter().cloned());
+        line
+    }
+
+    /// Starts testpmd and waits for its prompt.
+    pub fn start(&self) -> Result<Testpmd> {
+        let mut testpmd = self.launch()?;
+        testpmd.wait_prompt(0, START).context("start")?;
+        Ok(testpmd)
+    }
+
+    /// Starts testpmd and does not wait: a `server=1` port blocks until the switch has connected.
+    pub fn launch(&self) -> Result<Testpmd> {
+        static SERIAL: AtomicU32 = AtomicU32::new(0);
+        // Relaxed: only uniqueness is wanted.
+        let prefix = format!(
+            "testkit{}-{}",
+            std::process::id(),
+            SERIAL.fetch_add(1, Ordering::Relaxed)
+        );
+        let mut launch = Launch::new("testpmd", self.command_line(&prefix));
+        launch.uid = self.uid;
+        launch.line_buffered = true;
+        Ok(Testpmd {
+            process: launch.start()?,
+            prefix,
+        })
+    }
+}
+
+/// A running testpmd with its prompt.
+pub struct Testpmd {
+    process: Process,
+    prefix: String,
+}
+
+/// Counters of one port, from `show port stats`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PortStats {
+    /// Frames received.
+    pub rx_packets: u64,
+    /// Bytes received, without CRC.
+    pub rx_bytes: u64,
+    /// Frames the port lost before the application saw them.
+    pub rx_missed: u64,
+    /// Bad frames.
+    pub rx_errors: u64,
+    /// Frames lost for want of a buffer.
+    pub rx_nombuf: u64,
+    /// Frames sent.
+    pub tx_packets: u64,
+    /// Bytes sent, without CRC.
+    pub tx_bytes: u64,
+    /// Frames not sent.
+    pub tx_errors: u64,
+    /// Frames received per second since the last `show`, by testpmd's own clock. Never `clear` in between.
+    pub rx_pps: u64,
+    /// Frames sent per second since the last `show`.
+    pub tx_pps: u64,
+}
+
+impl Testpmd {
+    /// Waits for the prompt after [`Config::launch`].
+    pub fn wait_started(&mut self) -> Result<()> {
+        self.wait_prompt(0, START).context("start").map(drop)
+    }
+
+    /// Types a command and returns what it printed.
+    pub fn command(&mut self, command: &str) -> Result<String> {
+        let mark = self.process.mark();
+        self.process.write(&format!("{command}\n"))?;
+        self.wait_prompt(mark, COMMAND)
+            .with_context(|| format!("command {command:?}"))
+    }
+
+    /// Counters of all ports, by port number.
+    pub fn stats(&mut self) -> Result<Vec<PortStats>> {
+        let text = self.command("show port stats all")?;
+        parse_stats(&text).with_context(|| format!("`show port stats all` said\n{text}"))
+    }
+
+    /// Frames per second each port receives, measured over `time` by testpmd's own clock.
+    pub fn receive_rates(&mut self, time: Duration) -> Result<Vec<u64>> {
+        self.stats()?;
+        std::thread::sleep(time);
+        Ok(self.stats()?.iter().map(|port| port.rx_pps).collect())
+    }
+
+    /// Link state of all ports, by port number.
+    pub fn links_up(&mut self) -> Result<Vec<bool>> {
+        let text = self.command("show port summary all")?;
+        let rows = text
+            .lines()
+            .filter(|line| line.starts_with(|c: char| c.is_ascii_digit()));
+        let links: Vec<bool> = rows
+            .map(|row| row.split_whitespace().nth(4) == Some("up"))
+            .collect();
+        ensure!(
+            !links.is_empty(),
+            "`show port summary all` named no port:\n{text}"
+        );
+        Ok(links)
+    }
+
+    /// Waits until every port has its link.
+    pub fn wait_links_up(&mut self, within: Duration) -> Result<()> {
+        let end = Instant::now() + within;
+        loop {
+            let links = self.links_up()?;
+            if links.iter().all(|&up| up) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < end, "links {links:?} after {within:?}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Waits until each port has received `frames` more than it had.
+    pub fn wait_received(&mut self, frames: u64, within: Duration) -> Result<Vec<PortStats>> {
+        let end = Instant::now() + within;
+        let before = self.stats()?;
+        loop {
+            let now = self.stats()?;
+            if now
+                .iter()
+                .zip(&before)
+                .all(|(now, before)| now.rx_packets >= before.rx_packets + frames)
+            {
+                return Ok(now);
+            }
+            ensure!(
+                Instant::now() < end,
+                "not every port received {frames} frames within {within:?}: first {before:?}, at last {now:?}\n{}",
+                self.process.log().display()
+            );
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Leaves by `quit`, as an orderly container would.
+    pub fn quit(mut self) -> Result<()> {
+        self.process.write("quit\n")?;
+        let status = self.process.wait_exit(COMMAND).context("quit")?;
+        ensure!(
+            status.success(),
+            "testpmd left with {status}; {}",
+            self.process.log().display()
+        );
+        Ok(())
+    }
+
+    /// Ends it like a crash: SIGKILL.
+    pub fn kill(mut self) {
+        self.process.kill();
+    }
+
+    /// The process, for its pid, output and signals.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    fn wait_prompt(&mut self, mark: usize, within: Duration) -> Result<String> {
+        // One prompt per command; what goes to stderr, and link events, may stand behind it.
+        let text = self
+            .process
+            .wait_for(mark, within, |text| text.contains(PROMPT))?;
+        if text.contains("EAL: Error - exiting") {
+            bail!("testpmd gave up:\n{text}");
+        }
+        Ok(text)
+    }
+}
+
+impl Drop for Testpmd {
+    fn drop(&mut self) {
+        self.process.kill();
+        // What a killed DPDK leaves: its run-time folder, and page files unless --in-memory.
+        for base in ["/var/run/dpdk", "/tmp/dpdk"] {
+            let _ = std::fs::remove_dir_all(Path::new(base).join(&self.prefix));
+        }
+        let pages = std::fs::read_dir("/dev/hugepages")
+            .into_iter()
+            .flatten()
+            .flatten();
+        for page in pages.filter(|file| {
+            file.file_name()
+                .to_string_lossy()
+                .starts_with(&format!("{}map_", self.prefix))
+        }) {
+            let _ = std::fs::remove_file(page.path());
+        }
+    }
+}
+
+fn parse_stats(text: &str) -> Result<Vec<PortStats>> {
+    let mut ports = Vec::new();
+    for (number, block) in text.split("NIC statistics for port ").skip(1).enumerate() {
+        let named: String = block.chars().take_while(char::is_ascii_digit).collect();
+        ensure!(
+            named.parse() == Ok(number),
+            "port {number} expected, found {named:?}"
+        );
+        let value = |key: &str| -> Result<u64> {
+            let (_, rest) = block
+                .split_once(&format!("{key}:"))
+                .with_context(|| format!("no {key} for port {number}"))?;
+            let word = rest.split_whitespace().next().unwrap_or_default();
+            word.parse()
+                .with_context(|| format!("{key} of port {number} is {word:?}"))
+        };
+        ports.push(PortStats {
+            rx_packets: value("RX-packets")?,
+            rx_bytes: value("RX-bytes")?,
+            rx_missed: value("RX-missed")?,
+            rx_errors: value("RX-errors")?,
+            rx_nombuf: value("RX-nombuf")?,
+            tx_packets: value("TX-packets")?,
+            tx_bytes: value("TX-bytes")?,
+            tx_errors: value("TX-errors")?,
+            rx_pps: value("Rx-pps")?,
+            tx_pps: value("Tx-pps")?,
+        });
+    }
+    ensure!(!ports.is_empty(), "no port");
+    Ok(ports)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STATS: &str = "show port stats all\r\n
+  ######################## NIC statistics for port 0  ########################
+  RX-packets: 5168160    RX-missed: 1          RX-bytes:  330762240
+  RX-errors: 2
+  RX-nombuf:  3         
+  TX-packets: 5168224    TX-errors: 4          TX-bytes:  330766336
+
+  Throughput (since last show)
+  Rx-pps:      2512984          Rx-bps:   1286648056
+  Tx-pps:      2513016          Tx-bps:   1286664440
+  ############################################################################
+testpmd> ";
+
+    #[test]
+    fn reads_the_counters_testpmd_prints() {
+        let expected = PortStats {
+            rx_packets: 5_168_160,
+            rx_bytes: 330_762_240,
+            rx_missed: 1,
+            rx_errors: 2,
+            rx_nombuf: 3,
+            tx_packets: 5_168_224,
+            tx_bytes: 330_766_336,
+            tx_errors: 4,
+            rx_pps: 2_512_984,
+            tx_pps: 2_513_016,
+        };
+        assert_eq!(parse_stats(STATS).unwrap(), [expected]);
+        assert!(parse_stats("testpmd> ").is_err());
+    }
+
+    #[test]
+    fn a_vdev_names_what_the_frontend_needs() {
+        let port = VirtioUser {
+            queues: 4,
+            variant: Variant::PackedVec,
+            ..VirtioUser::new("/s", 0x1f)
+        };
+        assert_eq!(
+            port.vdev(1),
+            "net_virtio_user1,path=/s,mac=02:00:00:00:00:1f,queue_size=1024,queues=4,packed_vq=1,mrg_rxbuf=0,in_order=1,vectorized=1"
+        );
+    }
+}

@@ -1,0 +1,72 @@
+//! The rig itself: every real peer works against another one before Ringway is measured with it.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use testkit::require;
+use testkit::skip::{hugepages, root, tool};
+use testkit::testpmd::{Config, Memory, Testpmd, Variant, VirtioUser};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Frames circulate through `backend`'s two sockets in both directions, and the client agrees with itself.
+fn exchange(client: &mut Testpmd) -> Result<()> {
+    client.wait_links_up(PATIENCE)?;
+    client.command("start tx_first 4")?;
+    client.wait_received(10_000, PATIENCE)?;
+    client.command("stop")?;
+    let ports = client.stats()?;
+    // What one port received the other sent on, and 4 bursts of 32 began it.
+    ensure!(
+        ports[0].tx_packets <= ports[1].rx_packets + 128,
+        "{ports:?}"
+    );
+    ensure!(
+        ports[1].tx_packets <= ports[0].rx_packets + 128,
+        "{ports:?}"
+    );
+    Ok(())
+}
+
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn testpmd_exchanges_frames_with_testpmd_over_hugepages() -> Result<()> {
+    require!(tool("dpdk-testpmd", "dpdk-dev"), root(), hugepages(256));
+    let dir = tempfile::tempdir()?;
+    let sockets = [dir.path().join("a"), dir.path().join("b")];
+    let mut backend = Config::vhost_io([&sockets[0], &sockets[1]], 1).start()?;
+    for variant in [Variant::Split, Variant::PackedVec] {
+        let port = |i: usize| VirtioUser {
+            variant,
+            ..VirtioUser::new(&sockets[i], i as u8 + 1)
+        };
+        let mut client = Config::pair([port(0), port(1)]).start()?;
+        exchange(&mut client)?;
+        client.quit()?;
+    }
+    ensure!(backend.process().alive(), "the backend died");
+    backend.quit()
+}
+
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn testpmd_exchanges_frames_unprivileged_and_without_hugepages() -> Result<()> {
+    require!(tool("dpdk-testpmd", "dpdk-dev"), root(), hugepages(128));
+    let dir = tempfile::tempdir()?;
+    let sockets = [dir.path().join("a"), dir.path().join("b")];
+    let backend = Config::vhost_io([&sockets[0], &sockets[1]], 1).start()?;
+    testkit::open_to_all(dir.path())?;
+    let ports = [
+        VirtioUser::new(&sockets[0], 1),
+        VirtioUser::new(&sockets[1], 2),
+    ];
+    let mut client = Config {
+        memory: Memory::NoHuge(256),
+        uid: Some(65534),
+        ..Config::pair(ports)
+    }
+    .start()?;
+    exchange(&mut client)?;
+    client.quit()?;
+    backend.quit()
+}
