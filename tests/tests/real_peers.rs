@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use testkit::ovs::{self, Ovs, PortOptions};
 use testkit::require;
 use testkit::skip::{hugepages, root, tool};
 use testkit::testpmd::{Config, Memory, Testpmd, Variant, VirtioUser};
@@ -12,17 +13,21 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Frames circulate through `backend`'s two sockets in both directions, and the client agrees with itself.
 fn exchange(client: &mut Testpmd) -> Result<()> {
     client.wait_links_up(PATIENCE)?;
+    // OVS loses the very first burst of a port to its upcall, and a closed loop never replaces a lost frame.
+    client.command("start tx_first 1")?;
+    std::thread::sleep(Duration::from_millis(500));
+    client.command("stop")?;
     client.command("start tx_first 4")?;
     client.wait_received(10_000, PATIENCE)?;
     client.command("stop")?;
     let ports = client.stats()?;
-    // What one port received the other sent on, and 4 bursts of 32 began it.
+    // What one port received the other sent on, and 5 bursts of 32 began it.
     ensure!(
-        ports[0].tx_packets <= ports[1].rx_packets + 128,
+        ports[0].tx_packets <= ports[1].rx_packets + 160,
         "{ports:?}"
     );
     ensure!(
-        ports[1].tx_packets <= ports[0].rx_packets + 128,
+        ports[1].tx_packets <= ports[0].rx_packets + 160,
         "{ports:?}"
     );
     Ok(())
@@ -69,4 +74,31 @@ fn testpmd_exchanges_frames_unprivileged_and_without_hugepages() -> Result<()> {
     exchange(&mut client)?;
     client.quit()?;
     backend.quit()
+}
+
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn testpmd_exchanges_frames_through_ovs_dpdk() -> Result<()> {
+    require!(
+        tool("dpdk-testpmd", "dpdk-dev"),
+        ovs::available(),
+        hugepages(580)
+    );
+    let dir = tempfile::tempdir()?;
+    let mut switch = Ovs::start(dir.path(), 0)?;
+    let sockets = [
+        switch.add_port("vhu0", PortOptions::default())?,
+        switch.add_port("vhu1", PortOptions::default())?,
+    ];
+    let mut client = Config::pair([
+        VirtioUser::new(&sockets[0], 1),
+        VirtioUser::new(&sockets[1], 2),
+    ])
+    .start()?;
+    exchange(&mut client)?;
+    let busy = switch.appctl(&["dpif-netdev/pmd-stats-show"])?;
+    ensure!(busy.contains("packets received"), "{busy}");
+    client.quit()?;
+    ensure!(switch.vswitchd().alive(), "OVS died");
+    Ok(())
 }

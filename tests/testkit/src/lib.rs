@@ -1,9 +1,11 @@
 //! Shared pieces of the tests and benchmarks: real peers, and the rules under which tests may skip.
 //!
+//! - [`ovs`]: OVS-DPDK
 //! - [`process`]: a child with a deadline on every wait, which never outlives its test
 //! - [`skip`]: `require!` and `skip!`, loud skips
 //! - [`testpmd`]: a real DPDK client or backend
 
+pub mod ovs;
 pub mod process;
 pub mod skip;
 pub mod testpmd;

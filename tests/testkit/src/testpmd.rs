@@ -184,12 +184,12 @@ impl Default for Config {
 impl Config {
     /// Two ports that send each other's frames through the switch.
     pub fn pair(ports: [VirtioUser; 2]) -> Self {
-        let mut config = Self::default();
-        config.vdevs = ports
-            .iter()
-            .enumerate()
-            .map(|(i, port)| port.vdev(i))
-            .collect();
+        let vdevs = ports.iter().enumerate();
+        let vdevs = vdevs.map(|(i, port)| port.vdev(i)).collect();
+        let mut config = Self {
+            vdevs,
+            ..Self::default()
+        };
         let queues = ports[0].queues.min(ports[1].queues);
         config
             .args
