@@ -1,0 +1,593 @@
+//! A guest's memory: the table of its regions, and the only way from a guest address to a pointer.
+//!
+//! The frontend announces regions, each a piece of a file with its guest address (GPA: what descriptors hold) and its
+//! address in the frontend (UVA: what ring addresses hold). Nothing of it is believed: `guest_map.rs` has the gate a
+//! file must pass, [`GuestMem::translate`] checks every range on every access, and `guest_fault.rs` deals with memory
+//! that vanishes later.
+//!
+//! A table never changes. A changed table is a new `GuestMem`; mappings that stay are shared, so host addresses stay.
+#![allow(unsafe_code)] // pointer arithmetic inside a checked region
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::guest_fault::Uffd;
+pub use super::guest_fault::{FillBudget, Poison, PoisonCause};
+use super::guest_map::{Mapping, gate};
+
+/// Page size of shmem, in bytes.
+pub(super) const PAGE: u64 = 4096;
+const _: () = assert!(
+    size_of::<usize>() == 8,
+    "guest memory is mapped whole: 64-bit hosts only"
+);
+
+/// One region as the frontend announced it (vhost-user SET_MEM_TABLE, ADD_MEM_REG).
+#[derive(Debug)]
+pub struct RegionSpec {
+    /// First guest physical address.
+    pub gpa: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// The region's first address in the frontend, which ring addresses refer to.
+    pub uva: u64,
+    /// The file it lies in.
+    pub fd: OwnedFd,
+    /// Where in the file it starts.
+    pub offset: u64,
+}
+
+/// What a port accepts as memory.
+#[derive(Clone, Debug)]
+pub struct MapOptions {
+    /// Refuse memory of 4 KiB pages, whose recovery after an attack takes up to 0.2 s instead of some ms.
+    pub require_hugetlb: bool,
+    /// Regions per attachment. More than the 64 we announce is a lie.
+    pub max_regions: usize,
+    /// Bytes per attachment: our address space (128 TiB) is shared by all guests.
+    pub max_bytes: u64,
+    /// How much of the guest's untouched memory may be filled on our account. Clone the options and all attachments
+    /// of a port draw on one budget.
+    ///
+    /// Holes under receive buffers are normal for guests without hugepages: DPDK's `--no-huge` touches the head of
+    /// each mbuf only, which leaves none for mbufs of 2 KiB but two pages of three for those of 10 KiB. The buffers of
+    /// a pool rotate, so in time we meet all of it: the default of [`FILL_BYTES`] covers 8,192 such mbufs.
+    pub fill_budget: Arc<FillBudget>,
+    /// Arm memory against holes where the kernel can. Off only to test how it goes where it cannot.
+    pub arm: bool,
+    /// Map the pages that exist at once, rather than by faults of the workers.
+    pub prefault: bool,
+}
+
+/// The default fill budget, in bytes: 8,192 mbufs of 10 KiB, of which two pages of three are holes.
+pub const FILL_BYTES: u64 = 64 << 20;
+
+impl Default for MapOptions {
+    fn default() -> MapOptions {
+        MapOptions {
+            require_hugetlb: false,
+            max_regions: 64,
+            max_bytes: 256 << 30,
+            fill_budget: FillBudget::new(FILL_BYTES),
+            arm: true,
+            prefault: true,
+        }
+    }
+}
+
+/// What kind of memory a region is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryKind {
+    /// memfd or tmpfs: pages of 4 KiB.
+    Shmem,
+    /// Hugepages, by memfd or hugetlbfs.
+    Hugetlb,
+}
+
+/// Why a memory table was refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MemError {
+    /// The file is neither shmem nor hugetlbfs.
+    #[error(
+        "memory region {gpa:#x}: its file is no shared memory; let the container use a memfd, tmpfs or hugetlbfs"
+    )]
+    NotMemory {
+        /// The region's guest address.
+        gpa: u64,
+    },
+    /// The file was opened for reading only.
+    #[error(
+        "memory region {gpa:#x}: its file is not open for writing; let the container open it read-write"
+    )]
+    NotWritable {
+        /// The region's guest address.
+        gpa: u64,
+    },
+    /// 4 KiB pages on a port that demands hugepages.
+    #[error(
+        "memory region {gpa:#x}: the port demands hugepages; give the container hugepages (no --no-huge), \
+         or drop the demand from the port"
+    )]
+    HugetlbRequired {
+        /// The region's guest address.
+        gpa: u64,
+    },
+    /// The file ends before the region does.
+    #[error(
+        "memory region {gpa:#x}: needs {announced} bytes of its file, which has {size}; \
+         let the container size its memory before it attaches"
+    )]
+    FileTooShort {
+        /// The region's guest address.
+        gpa: u64,
+        /// Where the region ends in the file.
+        announced: u64,
+        /// What the file has.
+        size: u64,
+    },
+    /// An address, offset or length is no multiple of the page size.
+    #[error(
+        "memory region {gpa:#x}: address, offset or length is no multiple of the page size {page}; \
+         let the container announce whole pages"
+    )]
+    Misaligned {
+        /// The region's guest address.
+        gpa: u64,
+        /// The page size.
+        page: u64,
+    },
+    /// A region without length.
+    #[error(
+        "memory region {gpa:#x}: has no length; let the container announce only memory that exists"
+    )]
+    Empty {
+        /// The region's guest address.
+        gpa: u64,
+    },
+    /// A region beyond the end of an address space.
+    #[error(
+        "memory region {gpa:#x}: {len} bytes reach beyond the last address; the frontend is at fault"
+    )]
+    Wraps {
+        /// The region's guest address.
+        gpa: u64,
+        /// Its length.
+        len: u64,
+    },
+    /// Two regions overlap.
+    #[error(
+        "memory regions {first:#x} and {second:#x} overlap in {space} addresses; the frontend is at fault"
+    )]
+    Overlap {
+        /// The one's guest address.
+        first: u64,
+        /// The other's.
+        second: u64,
+        /// "guest" or "frontend".
+        space: &'static str,
+    },
+    /// More regions than the port takes.
+    #[error(
+        "{count} memory regions, at most {max} are taken; start the container's DPDK with --single-file-segments"
+    )]
+    TooManyRegions {
+        /// How many there were.
+        count: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// More memory than the port takes.
+    #[error(
+        "memory of {bytes} bytes, at most {max} are taken; give the container less, or raise the port's limit"
+    )]
+    TooLarge {
+        /// How much there was.
+        bytes: u64,
+        /// The limit.
+        max: u64,
+    },
+    /// REM_MEM_REG for a region that is not in the table.
+    #[error("no memory region {gpa:#x} of {len} bytes to remove; the frontend is at fault")]
+    NoSuchRegion {
+        /// The guest address named.
+        gpa: u64,
+        /// The length named.
+        len: u64,
+    },
+    /// The table of all mappings is full.
+    #[error(
+        "too many memory regions on all ports together; start containers with --single-file-segments"
+    )]
+    TooManyMappings,
+    /// The kernel refused the mapping.
+    #[error(
+        "memory region {gpa:#x}: mapping {len} bytes: {source}; see `ringway doctor` for the limits of this host"
+    )]
+    MapFailed {
+        /// The region's guest address.
+        gpa: u64,
+        /// Its length.
+        len: u64,
+        /// The kernel's word.
+        source: io::Error,
+    },
+    /// The kernel refused a question about the file.
+    #[error(
+        "memory region {gpa:#x}: asking about its file: {source}; let the container pass an open file"
+    )]
+    Asking {
+        /// The region's guest address.
+        gpa: u64,
+        /// The kernel's word.
+        source: io::Error,
+    },
+}
+
+impl MemError {
+    pub(super) fn asking(gpa: u64, errno: rustix::io::Errno) -> MemError {
+        MemError::Asking {
+            gpa,
+            source: errno.into(),
+        }
+    }
+}
+
+/// One region of a table, for people and for checks across ports.
+#[derive(Clone, Debug)]
+pub struct Region {
+    gpa: u64,
+    len: u64,
+    uva: u64,
+    page: u64,
+    kind: MemoryKind,
+    mapping: Arc<Mapping>,
+}
+
+impl Region {
+    /// First guest physical address.
+    #[must_use]
+    pub fn gpa(&self) -> u64 {
+        self.gpa
+    }
+
+    /// Length in bytes; never 0.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "a region is never empty")]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// First address in the frontend.
+    #[must_use]
+    pub fn uva(&self) -> u64 {
+        self.uva
+    }
+
+    /// Page size in bytes.
+    #[must_use]
+    pub fn page_size(&self) -> u64 {
+        self.page
+    }
+
+    /// Shmem or hugetlb.
+    #[must_use]
+    pub fn kind(&self) -> MemoryKind {
+        self.kind
+    }
+
+    /// Whether a hole raises a signal instead of being allocated on our account.
+    #[must_use]
+    pub fn armed(&self) -> bool {
+        self.mapping.armed
+    }
+
+    /// Device and inode of its file.
+    #[must_use]
+    pub fn inode(&self) -> (u64, u64) {
+        self.mapping.inode
+    }
+
+    /// Its file.
+    #[must_use]
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.mapping.fd().as_fd()
+    }
+
+    fn last(&self) -> u64 {
+        self.gpa + (self.len - 1) // no wrap: checked in `check_shape`
+    }
+}
+
+/// What `translate` needs of a region, packed: a search touches few lines.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    first: u64,
+    len: u64,
+    host: NonNull<u8>,
+}
+
+/// The region a queue used last, private to that queue. Starts empty; belongs to one table, which it remembers, so
+/// that one left over from an older table only misses.
+#[derive(Clone, Copy, Debug)]
+pub struct Hit {
+    first: u64,
+    len: u64,
+    host: NonNull<u8>,
+    table: u64,
+}
+
+// SAFETY: the pointer is only handed out by `translate` of the very table that made it.
+unsafe impl Send for Hit {}
+
+impl Default for Hit {
+    fn default() -> Hit {
+        Hit {
+            first: 0,
+            len: 0,
+            host: NonNull::dangling(),
+            table: 0,
+        }
+    }
+}
+
+/// The memory of one attachment.
+///
+/// Immutable, `Send` and `Sync`: each queue holds it by `Arc`, any thread may translate. It must be *dropped* on a
+/// control thread (it unmaps and closes), after every queue gave its `Arc` back.
+#[derive(Debug)]
+pub struct GuestMem {
+    /// Unlike that of any other table of this process; never 0.
+    id: u64,
+    /// By GPA.
+    spans: Box<[Span]>,
+    /// In the same order.
+    regions: Box<[Region]>,
+    poison: Arc<Poison>,
+    uffd: Option<Arc<Uffd>>,
+    options: MapOptions,
+}
+
+// SAFETY: `spans` holds addresses of mappings that `regions` keeps alive; translating reads only our own, immutable data.
+unsafe impl Send for GuestMem {}
+// SAFETY: as above.
+unsafe impl Sync for GuestMem {}
+
+impl GuestMem {
+    /// Checks and maps a whole table; all or nothing. On a control thread: it may take milliseconds per GiB.
+    pub fn map(
+        specs: Vec<RegionSpec>,
+        poison: &Arc<Poison>,
+        options: &MapOptions,
+    ) -> Result<GuestMem, MemError> {
+        let uffd = if options.arm {
+            Uffd::new().map(Arc::new)
+        } else {
+            None
+        };
+        let empty = GuestMem::with_regions(Vec::new(), Arc::clone(poison), uffd, options.clone());
+        empty.extended(specs)
+    }
+
+    /// The same table with one region more (ADD_MEM_REG). What was mapped stays where it is.
+    pub fn with_added(&self, spec: RegionSpec) -> Result<GuestMem, MemError> {
+        self.extended(vec![spec])
+    }
+
+    /// The same table without a region, named as it was announced (REM_MEM_REG). It is unmapped when the last table
+    /// that holds it is dropped.
+    pub fn with_removed(&self, gpa: u64, len: u64, uva: u64) -> Result<GuestMem, MemError> {
+        let named = |r: &&Region| (r.gpa, r.len, r.uva) == (gpa, len, uva);
+        if !self.regions.iter().any(|r| named(&r)) {
+            return Err(MemError::NoSuchRegion { gpa, len });
+        }
+        Ok(self.derived(self.regions.iter().filter(|r| !named(r)).cloned().collect()))
+    }
+
+    /// The flag of the attachment this memory belongs to.
+    #[must_use]
+    pub fn poison(&self) -> &Arc<Poison> {
+        &self.poison
+    }
+
+    /// The host address of guest addresses `gpa` to `gpa + len - 1`, if one region holds them all. With length 0: of
+    /// `gpa`, if a region holds it.
+    ///
+    /// The pointer is good for raw reads and writes of `len` bytes as long as this table is held. It points to memory
+    /// that others write at any time: no reference may be made of it.
+    #[inline]
+    #[must_use]
+    pub fn translate(&self, hit: &mut Hit, gpa: u64, len: u32) -> Option<NonNull<u8>> {
+        let at = gpa.wrapping_sub(hit.first);
+        // One branch: `&` rather than `&&`. The second difference means something only if the first test holds.
+        let inside = (at < hit.len) & (u64::from(len) <= hit.len.wrapping_sub(at));
+        if inside & (hit.table == self.id) {
+            // SAFETY: `at < hit.len`, and `hit` describes a region of this very table (`id`), mapped for `hit.len` bytes.
+            return Some(unsafe { hit.host.add(at as usize) });
+        }
+        self.translate_miss(hit, gpa, len)
+    }
+
+    #[inline(never)]
+    fn translate_miss(&self, hit: &mut Hit, gpa: u64, len: u32) -> Option<NonNull<u8>> {
+        let span = self.spans[..self.spans.partition_point(|s| s.first <= gpa)].last()?;
+        let at = gpa - span.first;
+        if at >= span.len || u64::from(len) > span.len - at {
+            return None;
+        }
+        *hit = Hit {
+            first: span.first,
+            len: span.len,
+            host: span.host,
+            table: self.id,
+        };
+        // SAFETY: `at < span.len`, the bytes mapped at `span.host`.
+        Some(unsafe { span.host.add(at as usize) })
+    }
+
+    /// The host address of `len` bytes at a frontend address, as ring addresses are given. Whole range in one region.
+    #[must_use]
+    pub fn translate_uva(&self, uva: u64, len: u64) -> Option<NonNull<u8>> {
+        self.regions.iter().find_map(|r| {
+            let at = uva.wrapping_sub(r.uva);
+            // SAFETY: `at < r.len`, the bytes mapped at `host`.
+            (at < r.len && len <= r.len - at).then(|| unsafe { r.mapping.host.add(at as usize) })
+        })
+    }
+
+    /// The regions, by guest address.
+    pub fn regions(&self) -> impl ExactSizeIterator<Item = &Region> {
+        self.regions.iter()
+    }
+
+    /// Device and inode of each region's file. The same on ports of different peers means that one reads the other's
+    /// frames.
+    pub fn inodes(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.regions.iter().map(Region::inode)
+    }
+
+    /// Whether every region is armed against holes.
+    #[must_use]
+    pub fn armed(&self) -> bool {
+        self.regions.iter().all(Region::armed)
+    }
+
+    /// Maps `specs` beside what is there.
+    fn extended(&self, specs: Vec<RegionSpec>) -> Result<GuestMem, MemError> {
+        // 1. The shape of the table, before any file is asked.
+        self.check_count(&specs)?;
+        for spec in &specs {
+            check_shape(spec)?;
+        }
+        check_overlaps(
+            self.regions
+                .iter()
+                .map(|r| (r.gpa, r.uva, r.len))
+                .chain(specs.iter().map(|s| (s.gpa, s.uva, s.len))),
+        )?;
+        // 2. The files.
+        let gates = specs
+            .iter()
+            .map(|spec| gate(spec, &self.options))
+            .collect::<Result<Vec<_>, _>>()?;
+        // 3. The mappings. An error unmaps those already made.
+        let mut regions = self.regions.to_vec();
+        for (spec, gate) in specs.into_iter().zip(gates) {
+            let RegionSpec { gpa, len, uva, .. } = spec;
+            let uffd = self.uffd.as_ref();
+            let mapping = Mapping::new(spec, &gate, &self.poison, uffd, &self.options)?;
+            let (page, kind, mapping) = (gate.page, gate.kind, Arc::new(mapping));
+            regions.push(Region {
+                gpa,
+                len,
+                uva,
+                page,
+                kind,
+                mapping,
+            });
+        }
+        Ok(self.derived(regions))
+    }
+
+    fn check_count(&self, specs: &[RegionSpec]) -> Result<(), MemError> {
+        let (count, max) = (self.regions.len() + specs.len(), self.options.max_regions);
+        if count > max {
+            return Err(MemError::TooManyRegions { count, max });
+        }
+        let lens = self
+            .regions
+            .iter()
+            .map(|r| r.len)
+            .chain(specs.iter().map(|s| s.len));
+        let bytes = lens.fold(0, u64::saturating_add);
+        let max = self.options.max_bytes;
+        if bytes > max {
+            return Err(MemError::TooLarge { bytes, max });
+        }
+        Ok(())
+    }
+
+    fn derived(&self, regions: Vec<Region>) -> GuestMem {
+        let (poison, uffd) = (Arc::clone(&self.poison), self.uffd.clone());
+        GuestMem::with_regions(regions, poison, uffd, self.options.clone())
+    }
+
+    fn with_regions(
+        mut regions: Vec<Region>,
+        poison: Arc<Poison>,
+        uffd: Option<Arc<Uffd>>,
+        options: MapOptions,
+    ) -> GuestMem {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        regions.sort_by_key(|r| r.gpa);
+        debug_assert!(regions.windows(2).all(|w| w[0].last() < w[1].gpa));
+        let spans = regions
+            .iter()
+            .map(|r| Span {
+                first: r.gpa,
+                len: r.len,
+                host: r.mapping.host,
+            })
+            .collect();
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        GuestMem {
+            id,
+            spans,
+            regions: regions.into(),
+            poison,
+            uffd,
+            options,
+        }
+    }
+}
+
+/// What can be said of a region without its file.
+fn check_shape(spec: &RegionSpec) -> Result<(), MemError> {
+    let RegionSpec {
+        gpa,
+        len,
+        uva,
+        offset,
+        ..
+    } = *spec;
+    if len == 0 {
+        return Err(MemError::Empty { gpa });
+    }
+    // Ring code relies on it: an address the guest aligned is aligned in our address space too.
+    if !(gpa | uva | offset).is_multiple_of(PAGE) {
+        return Err(MemError::Misaligned { gpa, page: PAGE });
+    }
+    // File offsets are signed.
+    let file_end = offset
+        .checked_add(len)
+        .filter(|end| i64::try_from(*end).is_ok());
+    if [gpa.checked_add(len), uva.checked_add(len), file_end].contains(&None) {
+        return Err(MemError::Wraps { gpa, len });
+    }
+    Ok(())
+}
+
+/// Refuses regions that overlap in guest or in frontend addresses. `all`: (gpa, uva, len), wraps excluded.
+fn check_overlaps(all: impl Iterator<Item = (u64, u64, u64)>) -> Result<(), MemError> {
+    let mut all: Vec<_> = all.collect();
+    all.sort_unstable_by_key(|r| r.0);
+    if let Some(w) = all.windows(2).find(|w| w[1].0 - w[0].0 < w[0].2) {
+        return Err(MemError::Overlap {
+            first: w[0].0,
+            second: w[1].0,
+            space: "guest",
+        });
+    }
+    all.sort_unstable_by_key(|r| r.1);
+    if let Some(w) = all.windows(2).find(|w| w[1].1 - w[0].1 < w[0].2) {
+        return Err(MemError::Overlap {
+            first: w[0].0,
+            second: w[1].0,
+            space: "frontend",
+        });
+    }
+    Ok(())
+}

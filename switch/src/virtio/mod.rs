@@ -1,0 +1,5 @@
+//! Rings in foreign memory; knows no frames and no ports.
+
+pub mod guest_fault;
+mod guest_map;
+pub mod guest_mem;
