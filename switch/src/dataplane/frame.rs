@@ -10,7 +10,11 @@
 
 use std::marker::PhantomData;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicBool,
+    Ordering::{Acquire, SeqCst},
+    compiler_fence,
+};
 
 use super::counters::Reason;
 
@@ -231,7 +235,10 @@ impl Burst<'_> {
     /// True if the sender's memory vanished: bytes copied from it may be zeros.
     #[inline]
     pub fn sender_gone(&self) -> bool {
-        self.gone.load(Relaxed)
+        // The flag is set by a signal handler that interrupts this very thread in the middle of a copy: the compiler must
+        // not move the copy behind this load. Acquire for handlers on other threads.
+        compiler_fence(SeqCst);
+        self.gone.load(Acquire)
     }
 
     /// Copies the whole frame to `to`: the checked head, then the sender's remaining bytes.

@@ -115,6 +115,13 @@ impl Poison {
         self.set.load(Ordering::Acquire)
     }
 
+    /// The bare flag, for a data plane that knows nothing of guests. Read it as [`Poison::is_set`] does.
+    #[inline]
+    #[must_use]
+    pub fn flag(&self) -> &AtomicBool {
+        &self.set
+    }
+
     /// Gives the attachment up, because its peer lied.
     pub fn set(&self) {
         self.set_for(PoisonCause::Lie);

@@ -334,6 +334,16 @@ impl Default for Hit {
     }
 }
 
+impl Hit {
+    /// Mapped bytes from `at` to the end of the region, at most `u32::MAX`, for the address of the last successful `translate`.
+    #[inline]
+    #[must_use]
+    pub fn room(&self, at: *const u8) -> u32 {
+        let offset = at.addr().wrapping_sub(self.host.as_ptr().addr()) as u64;
+        u32::try_from(self.len.saturating_sub(offset)).unwrap_or(u32::MAX)
+    }
+}
+
 /// The memory of one attachment.
 ///
 /// Immutable, `Send` and `Sync`: each queue holds it by `Arc`, any thread may translate. It must be *dropped* on a
