@@ -6,193 +6,12 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::AddAssign;
 use std::path::PathBuf;
-use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use utoipa::{IntoParams, ToSchema};
 
-/// The bridge of a port that names none.
-pub const DEFAULT_BRIDGE: &str = "default";
-/// Largest `mtu` a port may have: what a 16-bit length can say.
-pub const MTU_MAX: u32 = 65_535;
-/// Queue pairs a port may offer.
-pub const QUEUES_MAX: u16 = 16;
-/// An Ethernet header with one 802.1Q tag: what a frame has on top of the MTU.
-const HEADER_MAX: u32 = 18;
-
-/// A port as the operator wants it: the keys of a `[[port]]` table, of a `type:name,key=value` text and of the API.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct PortSpec {
-    /// Unique in the switch: 1 to 32 letters, digits, `.`, `_` or `-`.
-    pub name: String,
-    /// What is behind the port.
-    #[serde(rename = "type")]
-    pub kind: PortKind,
-    /// The vhost-user socket: absolute, at most 107 bytes.
-    #[schema(value_type = String)]
-    pub socket: PathBuf,
-    /// Who creates the socket.
-    #[serde(default)]
-    pub mode: SocketMode,
-    /// Queue pairs offered, 1 to 16.
-    #[serde(default = "one")]
-    pub queues: u16,
-    /// Ports of one bridge see each other, ports of different bridges never do.
-    #[serde(default = "default_bridge")]
-    pub bridge: String,
-    /// Largest payload of a frame, Ethernet header not counted.
-    #[serde(default = "default_mtu")]
-    pub mtu: u32,
-    /// Whether the guest's memory must be hugepages.
-    #[serde(default)]
-    pub hugepages: Hugepages,
-    /// Permission bits of the socket (`mode = "server"` only), `"0660"` unless told.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<String>)]
-    pub socket_mode: Option<Permissions>,
-    /// Owner of the socket (`mode = "server"` only).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<String>)]
-    pub socket_owner: Option<Owner>,
-    /// CPUs of the workers that poll this port, queue pair by queue pair, in turn; empty: Ringway chooses.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub workers: Vec<usize>,
-}
-
-impl PortSpec {
-    /// A vhost-user port with every default.
-    pub fn vhost_user(name: impl Into<String>, socket: impl Into<PathBuf>) -> Self {
-        PortSpec {
-            name: name.into(),
-            kind: PortKind::VhostUser,
-            socket: socket.into(),
-            mode: SocketMode::default(),
-            queues: 1,
-            bridge: default_bridge(),
-            mtu: MTU_MAX,
-            hugepages: Hugepages::default(),
-            socket_mode: None,
-            socket_owner: None,
-            workers: Vec::new(),
-        }
-    }
-
-    /// The longest frame the port takes, in bytes: MTU, Ethernet header and one VLAN tag, but never more than 65,535.
-    pub fn frame_max(&self) -> usize {
-        (self.mtu + HEADER_MAX).min(MTU_MAX) as usize
-    }
-}
-
-fn one() -> u16 {
-    1
-}
-
-fn default_bridge() -> String {
-    DEFAULT_BRIDGE.to_owned()
-}
-
-fn default_mtu() -> u32 {
-    MTU_MAX
-}
-
-/// Types of ports this build has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum PortKind {
-    /// A container with DPDK's virtio_user, or a VM with virtio-net.
-    VhostUser,
-}
-
-/// Who creates the socket of a vhost-user port.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum SocketMode {
-    /// Ringway listens, the guest connects.
-    #[default]
-    Server,
-    /// The guest listens (`server=1` of virtio_user); Ringway connects, and reconnects for ever.
-    Client,
-}
-
-/// What a port asks of its guest's memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Hugepages {
-    /// Any shared memory will do.
-    #[default]
-    Any,
-    /// 4 KiB pages are refused: a hostile guest then costs its neighbours far shorter stalls.
-    Required,
-}
-
-/// User and group ids, `"1000:104"` in text, TOML and JSON; what is absent stays as it is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Owner {
-    /// User id.
-    pub uid: Option<u32>,
-    /// Group id.
-    pub gid: Option<u32>,
-}
-
-impl TryFrom<String> for Owner {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        let (user, group) = text.split_once(':').unwrap_or((&text, ""));
-        let id = |text: &str| match text {
-            "" => Ok(None),
-            text => text
-                .parse()
-                .map(Some)
-                .map_err(|_| format!("{text:?} is not an id")),
-        };
-        Ok(Owner {
-            uid: id(user)?,
-            gid: id(group)?,
-        })
-    }
-}
-
-impl From<Owner> for String {
-    fn from(owner: Owner) -> String {
-        let id = |id: Option<u32>| id.map(|id| id.to_string()).unwrap_or_default();
-        format!("{}:{}", id(owner.uid), id(owner.gid))
-    }
-}
-
-/// Permission bits of a file, `"0660"` in text, TOML and JSON.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Permissions(pub u32);
-
-impl TryFrom<String> for Permissions {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        u32::from_str_radix(&text, 8)
-            .map(Permissions)
-            .map_err(|_| format!("{text:?} is not octal"))
-    }
-}
-
-impl From<Permissions> for String {
-    fn from(bits: Permissions) -> String {
-        format!("{:04o}", bits.0)
-    }
-}
-
-/// What workers do when there is nothing to do.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Idle {
-    /// Poll on: lowest latency, a whole CPU per worker.
-    #[default]
-    Poll,
-    /// Sleep after a while without frames, wake on a kick or a timer.
-    Adaptive,
-}
+pub use super::wanted::*;
+use crate::dataplane::eth::Mac;
 
 /// Frames and bytes in one place of the switch.
 ///
@@ -452,61 +271,16 @@ pub struct FdbUse {
     pub age: u32,
 }
 
-/// An Ethernet address, `02:00:00:00:00:01` in text and JSON.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct MacAddr(pub [u8; 6]);
-
-impl FromStr for MacAddr {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let refusal = || {
-            format!(
-                "{text:?} is not an Ethernet address: write six hexadecimal bytes like 02:00:00:00:00:01"
-            )
-        };
-        let mut bytes = [0; 6];
-        let mut parts = text.split([':', '-']);
-        for byte in &mut bytes {
-            let part = parts.next().ok_or_else(refusal)?;
-            if part.is_empty() || part.len() > 2 || part.starts_with('+') {
-                return Err(refusal());
-            }
-            *byte = u8::from_str_radix(part, 16).map_err(|_| refusal())?;
-        }
-        if parts.next().is_some() {
-            Err(refusal())
-        } else {
-            Ok(MacAddr(bytes))
-        }
+impl Serialize for Mac {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 
-impl TryFrom<String> for MacAddr {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl From<MacAddr> for String {
-    fn from(mac: MacAddr) -> String {
-        mac.to_string()
-    }
-}
-
-impl fmt::Display for MacAddr {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
-    }
-}
-
-impl fmt::Debug for MacAddr {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
+impl<'de> Deserialize<'de> for Mac {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
     }
 }
 
@@ -529,7 +303,7 @@ pub struct FdbEntry {
     pub vlan: u16,
     /// Its address.
     #[schema(value_type = String)]
-    pub mac: MacAddr,
+    pub mac: Mac,
     /// Where it was seen.
     pub port: String,
     /// Seconds since its last frame; none for static ones.
@@ -539,18 +313,24 @@ pub struct FdbEntry {
 }
 
 /// Which stations are meant: all whose given fields match.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(default, deny_unknown_fields)]
 pub struct FdbFilter {
     /// Only this bridge.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub bridge: Option<String>,
     /// Only this port.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<String>,
     /// Only this VLAN.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub vlan: Option<u16>,
     /// Only this address.
     #[schema(value_type = Option<String>)]
-    pub mac: Option<MacAddr>,
+    #[param(value_type = Option<String>)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mac: Option<Mac>,
 }
 
 /// A static station to add.
@@ -559,7 +339,7 @@ pub struct FdbFilter {
 pub struct FdbAdd {
     /// Its address.
     #[schema(value_type = String)]
-    pub mac: MacAddr,
+    pub mac: Mac,
     /// Its port; the bridge is the port's.
     pub port: String,
     /// Its VLAN; 0: untagged.

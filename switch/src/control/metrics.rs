@@ -1,0 +1,236 @@
+//! `/metrics` for Prometheus: a [`StatsReport`] and the states of the ports, in OpenMetrics text.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Registry;
+
+use super::state::{Counters, PortState, StatsReport, WorkerStatus};
+
+/// What the text is called in HTTP.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// The text for one moment.
+pub fn encode(stats: StatsReport, states: BTreeMap<String, PortState>) -> String {
+    let mut registry = Registry::with_prefix("ringway");
+    registry.register_collector(Box::new(Moment { stats, states }));
+    let mut text = String::new();
+    // Writing to a String does not fail.
+    let _ = prometheus_client::encoding::text::encode(&mut text, &registry);
+    text
+}
+
+#[derive(Debug)]
+struct Moment {
+    stats: StatsReport,
+    states: BTreeMap<String, PortState>,
+}
+
+type Labels<'a> = Vec<(&'static str, &'a str)>;
+type CounterOf = (&'static str, &'static str, fn(&Counters) -> u64);
+
+const COUNTERS: [CounterOf; 5] = [
+    (
+        "port_received_frames",
+        "Frames taken from the guest",
+        |counters| counters.received,
+    ),
+    (
+        "port_received_bytes",
+        "Bytes taken from the guest",
+        |counters| counters.received_bytes,
+    ),
+    (
+        "port_sent_frames",
+        "Frames given to the guest",
+        |counters| counters.sent,
+    ),
+    ("port_sent_bytes", "Bytes given to the guest", |counters| {
+        counters.sent_bytes
+    }),
+    (
+        "port_replicated_frames",
+        "Extra copies of flooded frames",
+        |counters| counters.replicated,
+    ),
+];
+
+type WorkerCounter = (&'static str, &'static str, fn(&WorkerStatus) -> u64);
+
+const WORKER_COUNTERS: [WorkerCounter; 5] = [
+    (
+        "worker_cycles",
+        "TSC cycles since the worker started",
+        |worker| worker.cycles,
+    ),
+    (
+        "worker_busy_cycles",
+        "TSC cycles of turns that moved frames",
+        |worker| worker.busy_cycles,
+    ),
+    ("worker_turns", "Turns taken", |worker| worker.turns),
+    ("worker_sleeps", "Times the worker slept", |worker| {
+        worker.sleeps
+    }),
+    (
+        "worker_received_frames",
+        "Frames the worker took from guests",
+        |worker| worker.counters.received,
+    ),
+];
+
+impl Collector for Moment {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        for (name, help, read) in COUNTERS {
+            let ports = self
+                .stats
+                .ports
+                .iter()
+                .map(|(port, counters)| (vec![("port", port.as_str())], read(counters)));
+            family(&mut encoder, name, help, Kind::Counter, ports)?;
+        }
+        let drops = self.stats.ports.iter().flat_map(|(port, counters)| {
+            counters.dropped.iter().map(move |(reason, frames)| {
+                (
+                    vec![("port", port.as_str()), ("reason", reason.as_str())],
+                    *frames,
+                )
+            })
+        });
+        family(
+            &mut encoder,
+            "port_dropped_frames",
+            "Frames that went nowhere, by reason",
+            Kind::Counter,
+            drops,
+        )?;
+        let states = self
+            .states
+            .iter()
+            .map(|(port, state)| (port, state.to_string()))
+            .collect::<Vec<_>>();
+        let states = states
+            .iter()
+            .map(|(port, state)| (vec![("port", port.as_str()), ("state", state.as_str())], 1));
+        family(
+            &mut encoder,
+            "port_state",
+            "1 for the state the port is in",
+            Kind::Gauge,
+            states,
+        )?;
+        let cpus: Vec<String> = self
+            .stats
+            .workers
+            .iter()
+            .map(|worker| worker.cpu.to_string())
+            .collect();
+        for (name, help, read) in WORKER_COUNTERS {
+            let workers = self
+                .stats
+                .workers
+                .iter()
+                .zip(&cpus)
+                .map(|(worker, cpu)| (vec![("cpu", cpu.as_str())], read(worker)));
+            family(&mut encoder, name, help, Kind::Counter, workers)?;
+        }
+        let fdb = &self.stats.fdb;
+        let one = |value| std::iter::once((Labels::new(), value));
+        family(
+            &mut encoder,
+            "fdb_stations",
+            "Stations in the forwarding table",
+            Kind::Gauge,
+            one(fdb.used),
+        )?;
+        family(
+            &mut encoder,
+            "fdb_capacity",
+            "Stations the forwarding table can hold",
+            Kind::Gauge,
+            one(fdb.capacity),
+        )?;
+        family(
+            &mut encoder,
+            "uptime_seconds",
+            "Seconds since the start",
+            Kind::Gauge,
+            one(self.stats.uptime_seconds as u64),
+        )?;
+        let build = std::iter::once((vec![("version", env!("CARGO_PKG_VERSION"))], 1));
+        family(
+            &mut encoder,
+            "build_info",
+            "1, with the version as label",
+            Kind::Gauge,
+            build,
+        )
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Counter,
+    Gauge,
+}
+
+fn family<'a>(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    kind: Kind,
+    values: impl Iterator<Item = (Labels<'a>, u64)>,
+) -> Result<(), fmt::Error> {
+    let metric_type = match kind {
+        Kind::Counter => MetricType::Counter,
+        Kind::Gauge => MetricType::Gauge,
+    };
+    let mut metric = encoder.encode_descriptor(name, help, None, metric_type)?;
+    let write = |value: u64, metric: MetricEncoder<'_>| match kind {
+        Kind::Counter => ConstCounter::new(value).encode(metric),
+        Kind::Gauge => ConstGauge::new(value as i64).encode(metric),
+    };
+    for (labels, value) in values {
+        if labels.is_empty() {
+            return write(value, metric); // the only one of its family
+        }
+        write(value, metric.encode_family(&labels)?)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_every_port_reason_state_and_worker() {
+        let mut stats = StatsReport::default();
+        let blue = Counters {
+            received: 7,
+            dropped: [("tx_full".to_owned(), 3)].into(),
+            ..Counters::default()
+        };
+        stats.ports.insert("blue".into(), blue);
+        stats.fdb.used = 5;
+        let text = encode(stats, [("blue".to_owned(), PortState::Forwarding)].into());
+        for line in [
+            "# TYPE ringway_port_received_frames counter",
+            "ringway_port_received_frames_total{port=\"blue\"} 7",
+            "ringway_port_dropped_frames_total{port=\"blue\",reason=\"tx_full\"} 3",
+            "ringway_port_state{port=\"blue\",state=\"forwarding\"} 1",
+            "ringway_fdb_stations 5",
+        ] {
+            assert!(
+                text.lines().any(|found| found == line),
+                "{line} is not in\n{text}"
+            );
+        }
+        assert!(text.ends_with("# EOF\n"));
+    }
+}

@@ -1,0 +1,179 @@
+//! Unix sockets that appear with their final owner and permissions, replace what a dead process left, and leave nothing behind.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Gid, Mode, Uid};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use super::keys::ConfigError;
+use super::state::{Owner, Permissions};
+
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// A listening socket whose file goes away with it.
+#[derive(Debug)]
+pub struct OwnedSocket {
+    /// The socket itself.
+    pub listener: UnixListener,
+    path: PathBuf,
+    file: (u64, u64),
+}
+
+impl OwnedSocket {
+    /// Listens at `path`. Makes the directory if it is missing, replaces the socket of a dead process, refuses that of a living one.
+    pub fn listen(
+        path: &Path,
+        mode: Permissions,
+        owner: Option<Owner>,
+    ) -> Result<OwnedSocket, ConfigError> {
+        let fail = |what: &str, error: io::Error| {
+            ConfigError(format!("{}: {what}: {error}", path.display()))
+        };
+        if let Some(parent) = path.parent() {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o755)
+                .create(parent)
+                .map_err(|error| {
+                    fail(
+                        "its directory cannot be made, choose a path you may write to",
+                        error,
+                    )
+                })?;
+        }
+        make_room(path)?;
+        let address = SocketAddrUnix::new(path)
+            .map_err(|error| fail("is no path for a socket", error.into()))?;
+        let socket = rustix::net::socket_with(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(|error| fail("no socket to be had", error.into()))?;
+        rustix::net::bind(&socket, &address).map_err(|error| {
+            fail(
+                "cannot be made, choose a path you may write to",
+                error.into(),
+            )
+        })?;
+        // Before `listen` nobody can connect, so nobody slips in under the permissions of the umask.
+        let bits = Mode::from_bits_truncate(mode.0);
+        let ready = rustix::fs::chmod(path, bits)
+            .and_then(|()| match owner {
+                Some(owner) => rustix::fs::chown(
+                    path,
+                    owner.uid.map(Uid::from_raw),
+                    owner.gid.map(Gid::from_raw),
+                ),
+                None => Ok(()),
+            })
+            .and_then(|()| rustix::net::listen(&socket, BACKLOG))
+            .map_err(io::Error::from)
+            .and_then(|()| fs::symlink_metadata(path));
+        match ready {
+            Ok(file) => Ok(OwnedSocket {
+                listener: UnixListener::from(socket),
+                path: path.to_owned(),
+                file: (file.dev(), file.ino()),
+            }),
+            Err(error) => {
+                let _ = fs::remove_file(path);
+                Err(fail(
+                    "its owner and permissions cannot be set, drop them or run as root",
+                    error,
+                ))
+            }
+        }
+    }
+}
+
+impl Drop for OwnedSocket {
+    fn drop(&mut self) {
+        // Only our own: somebody may have put another one there meanwhile.
+        let now = fs::symlink_metadata(&self.path).map(|file| (file.dev(), file.ino()));
+        if now.is_ok_and(|file| file == self.file) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Removes the socket of a dead process; refuses anything else that is in the way.
+fn make_room(path: &Path) -> Result<(), ConfigError> {
+    let shown = path.display();
+    let Ok(file) = fs::symlink_metadata(path) else {
+        return Ok(());
+    };
+    if !file.file_type().is_socket() {
+        return Err(ConfigError(format!(
+            "{shown}: is there and is no socket: remove it, or choose another path"
+        )));
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => Err(ConfigError(format!("{shown}: address already in use: stop the process that listens there, or choose another path"))),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(|error| {
+            ConfigError(format!("{shown}: a dead process left it and it cannot be removed: {error}: remove it as its owner"))
+        }),
+        Err(error) => Err(ConfigError(format!("{shown}: is there and cannot be tried: {error}: remove it, or choose another path"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn appears_with_its_permissions_and_goes_with_its_owner() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("deep/er/s.sock");
+        let socket = OwnedSocket::listen(&path, Permissions(0o640), None).expect("listens");
+        assert_eq!(
+            fs::metadata(&path).expect("there").permissions().mode() & 0o777,
+            0o640
+        );
+        UnixStream::connect(&path).expect("somebody listens");
+        drop(socket);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn replaces_the_socket_of_the_dead_and_refuses_that_of_the_living() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("s.sock");
+        drop(UnixListener::bind(&path).expect("bound"));
+        assert!(path.exists(), "left behind, as by kill -9");
+        let living =
+            OwnedSocket::listen(&path, Permissions(0o600), None).expect("replaces the dead one");
+        let refusal = OwnedSocket::listen(&path, Permissions(0o600), None)
+            .expect_err("alive")
+            .to_string();
+        assert!(refusal.ends_with(
+            "address already in use: stop the process that listens there, or choose another path"
+        ));
+        drop(living);
+    }
+
+    #[test]
+    fn never_removes_what_is_not_its_own() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("s.sock");
+        fs::write(&path, "precious").expect("written");
+        let refusal = OwnedSocket::listen(&path, Permissions(0o600), None)
+            .expect_err("a file")
+            .to_string();
+        assert!(refusal.ends_with("is there and is no socket: remove it, or choose another path"));
+        fs::remove_file(&path).expect("removed");
+        let first = OwnedSocket::listen(&path, Permissions(0o600), None).expect("listens");
+        fs::remove_file(&path).expect("removed by somebody");
+        let _second = UnixListener::bind(&path).expect("somebody else's");
+        drop(first);
+        assert!(path.exists());
+    }
+}
