@@ -122,7 +122,7 @@ impl QueueCounters {
     }
 }
 
-/// What a worker tells about itself.
+/// What a worker tells about itself, with books of its own: received + replicated = sent + dropped.
 ///
 /// Threads: written by the worker, read by control.
 #[derive(Default)]
@@ -132,14 +132,16 @@ pub struct WorkerCounters {
     pub busy_cycles: AtomicU64,
     /// TSC cycles since the worker began, asleep or awake.
     pub total_cycles: AtomicU64,
-    /// Frames taken from receive queues.
-    pub frames: AtomicU64,
-    /// Bursts with at least one frame.
-    pub bursts: AtomicU64,
     /// Passes over the queues.
     pub passes: AtomicU64,
+    /// Bursts with at least one frame.
+    pub bursts: AtomicU64,
     /// Times the worker went to sleep (`idle = "adaptive"`).
     pub sleeps: AtomicU64,
+    /// Frames and bytes taken from receive queues, copies made, and frames dropped on either side.
+    pub received: QueueCounters,
+    /// Frames handed to receivers.
+    pub sent: AtomicU64,
 }
 
 impl WorkerCounters {

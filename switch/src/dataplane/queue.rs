@@ -5,6 +5,7 @@
 use std::any::Any;
 use std::os::fd::RawFd;
 
+use super::counters::Reason;
 use super::frame::{Burst, Slots};
 
 /// Frames come from here. Owned by one worker at a time: ownership is the lock.
@@ -26,24 +27,21 @@ pub trait RxQueue: Any + Send {
     fn wake_fd(&self) -> Option<RawFd>;
 }
 
-/// What became of the picked frames of a burst. Picked frames that are in none of these found no free buffer.
-#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
-pub struct Sent {
+/// What became of the frames picked from a burst: sent, or dropped for one of two reasons.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outcome {
     /// Frames the receiver has now.
-    pub frames: u32,
-    /// Their bytes.
-    pub bytes: u64,
-    /// Frames no free buffer can hold.
-    pub too_long: u32,
-    /// The receiver is broken: none of the others was sent.
-    pub broken: bool,
-    /// The sender's memory vanished: none of the others was sent.
-    pub sender_gone: bool,
+    pub sent: u32,
+    /// Frames that no free buffer of the receiver can hold ([`Reason::TxBufferSmall`]).
+    pub small: u32,
+    /// Frames dropped for `reason`.
+    pub left: u32,
+    /// Why.
+    pub reason: Reason,
 }
 
-/// Frames go here. Shared by all workers; counts what it sends and what it drops.
+/// Frames go here. Shared by all workers; keeps its own books.
 pub trait TxQueue: Send + Sync {
-    /// Copies the frames whose bits are set in `picks` to the receiver, in order, and tells it. Every one of them is
-    /// counted as sent or dropped.
-    fn send(&self, burst: &Burst<'_>, picks: u64);
+    /// Copies the frames whose bits are set in `picks` to the receiver, in order, and tells it.
+    fn send(&self, burst: &Burst<'_>, picks: u64) -> Outcome;
 }

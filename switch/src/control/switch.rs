@@ -1,0 +1,831 @@
+//! The engine: owns ports and workers, and carries queues between their sessions and the workers.
+//!
+//! Three parties: the operator (API, configuration) adds and removes ports; each port's session attaches and detaches its
+//! guest's rings; the workers poll them. All shared state is behind one mutex, held while workers answer their mail, never
+//! while a session is started or stopped (its thread may be waiting for that mutex).
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::config::Config;
+use super::cpu;
+use super::plan::{self, Action};
+use super::port_handle::{PortHandle, Rings, SessionReport};
+use super::state::{
+    self, Counters, PortSpec, PortState, PortStatus, QueueStatus, StatsReport, WorkerStatus,
+};
+use super::vhost_user::Session;
+use crate::dataplane::clock::tsc;
+use crate::dataplane::counters::{QueueCounters, Reason, WorkerCounters};
+use crate::dataplane::fdb::{Fdb, FdbSettings, Flush};
+use crate::dataplane::mailbox::{self, Mailbox, QueueId};
+use crate::dataplane::port_set::{Domain, Exit, PORTS_MAX, PortId, Topology};
+use crate::dataplane::queue::TxQueue;
+use crate::dataplane::worker::{Idle, RxSlot, Shared, Worker};
+use crate::port::doze::Bed;
+use crate::port::shared;
+use crate::port::vhost::{FromGuest, ToGuest};
+use crate::virtio::guest_fault::Poison;
+
+/// How often broken attachments are looked for, and the coarse clock is moved.
+const WATCH: Duration = Duration::from_millis(5);
+/// How long a worker that may sleep goes on polling after the last frame.
+const IDLE_AFTER: Duration = Duration::from_millis(1);
+
+/// A running switch.
+///
+/// Threads: any control thread may call any method.
+pub struct Switch {
+    shared: Arc<Shared>,
+    workers: Vec<WorkerHandle>,
+    /// One change at a time, from the decision to its end.
+    change: Mutex<Config>,
+    state: Mutex<State>,
+    started: (Instant, u64),
+    watch: Mutex<Option<JoinHandle<()>>>,
+}
+
+struct WorkerHandle {
+    cpu: usize,
+    mailbox: Mailbox,
+    counters: Arc<WorkerCounters>,
+    thread: Mutex<Option<JoinHandle<Vec<Box<RxSlot>>>>>,
+}
+
+#[derive(Default)]
+struct State {
+    ports: Vec<Option<Port>>,
+    /// How many owners each port number has had.
+    generations: Vec<u16>,
+    bridges: Vec<String>,
+    /// What ports that were deleted have counted.
+    departed: Counters,
+    topology: Arc<Topology>,
+    age: u32,
+    stopped: bool,
+}
+
+struct Port {
+    spec: PortSpec,
+    id: PortId,
+    generation: u16,
+    domain: Domain,
+    pairs: Vec<Pair>,
+    report: SessionReport,
+    since: Instant,
+    connects: u64,
+    poison: Option<Arc<Poison>>,
+    session: Option<Arc<Session>>,
+}
+
+/// A queue pair of a port, attached or not.
+struct Pair {
+    /// Index of the worker that polls it.
+    worker: usize,
+    rx: Arc<QueueCounters>,
+    tx: Arc<QueueCounters>,
+    polled: bool,
+    exit: Option<Arc<shared::Shared<ToGuest>>>,
+}
+
+impl Switch {
+    /// Starts workers on `cpus` and the ports of `config`; all or nothing.
+    pub fn start(config: Config, cpus: &[usize]) -> Result<Arc<Switch>> {
+        crate::virtio::guest_fault::install();
+        let fdb = Fdb::new(FdbSettings {
+            capacity: config.fdb.capacity as usize,
+            reserved_per_port: config.fdb.reserved,
+            ports_max: PORTS_MAX,
+            ..FdbSettings::default()
+        });
+        let shared = Arc::new(Shared {
+            fdb,
+            seconds: 1.into(),
+        });
+        let workers = cpus
+            .iter()
+            .enumerate()
+            .map(|(number, cpu)| spawn_worker(number, *cpu, &shared, config.idle))
+            .collect::<Result<Vec<_>>>()?;
+        let ports = config.ports.clone();
+        let switch = Arc::new(Switch {
+            shared,
+            workers,
+            state: Mutex::new(State {
+                age: config.fdb.age,
+                ..State::default()
+            }),
+            change: Mutex::new(Config {
+                ports: Vec::new(),
+                ..config
+            }),
+            started: (Instant::now(), tsc()),
+            watch: Mutex::new(None),
+        });
+        *lock(&switch.watch) = Some(spawn_watch(&switch)?);
+        for spec in ports {
+            if let Err(error) = switch.add_port(spec) {
+                switch.stop();
+                return Err(error);
+            }
+        }
+        Ok(switch)
+    }
+
+    /// Adds a port and starts to serve it.
+    pub fn add_port(self: &Arc<Self>, spec: PortSpec) -> Result<()> {
+        let mut config = lock(&self.change);
+        let mut wanted = config.clone();
+        wanted.ports.push(spec.clone());
+        wanted.check()?;
+        self.start_port(&spec)?;
+        *config = wanted;
+        Ok(())
+    }
+
+    /// Ends a port: its guest is disconnected, its socket removed, its stations forgotten.
+    pub fn del_port(&self, name: &str) -> Result<()> {
+        let mut config = lock(&self.change);
+        self.end_port(name)?;
+        config.ports.retain(|port| port.name != name);
+        Ok(())
+    }
+
+    /// Changes what runs into what `new` says; ports that are the same in both lose no frame. Refused as a whole if any
+    /// part of it cannot be done while the switch runs.
+    pub fn apply(self: &Arc<Self>, new: &Config) -> Result<Vec<Action>> {
+        let mut config = lock(&self.change);
+        let actions = plan::plan(&config, new)?;
+        for action in &actions {
+            self.act(action)
+                .with_context(|| format!("could not {action}; what came before it was done"))?;
+            plan::apply(&mut config, action);
+        }
+        Ok(actions)
+    }
+
+    fn act(self: &Arc<Self>, action: &Action) -> Result<()> {
+        match action {
+            Action::DelPort(name) => self.end_port(name)?,
+            Action::ReplacePort(spec) => {
+                self.end_port(&spec.name)?;
+                self.start_port(spec)?;
+            }
+            Action::AddPort(spec) => self.start_port(spec)?,
+            Action::SetFdbAge(age) => lock(&self.state).age = *age,
+            Action::SetFdbReserved(stations) => self.shared.fdb.set_reserved(*stations),
+            Action::SetIdle(idle) => {
+                for worker in &self.workers {
+                    worker.mailbox.idle(when_idle(*idle))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn start_port(self: &Arc<Self>, spec: &PortSpec) -> Result<()> {
+        let id = lock(&self.state).enter(spec, &self.workers)?;
+        let generation = lock(&self.state).port(id).map_or(0, |port| port.generation);
+        let handle = Arc::new(Handle {
+            switch: Arc::downgrade(self),
+            id,
+            generation,
+        });
+        match Session::start(spec, handle) {
+            Ok(session) => {
+                if let Some(port) = lock(&self.state).port(id) {
+                    port.session = Some(Arc::new(session));
+                }
+                Ok(())
+            }
+            Err(error) => {
+                lock(&self.state).leave(id);
+                Err(error.into())
+            }
+        }
+    }
+
+    fn end_port(&self, name: &str) -> Result<()> {
+        let (id, session) = {
+            let mut state = lock(&self.state);
+            let port = state.by_name(name)?;
+            (port.id, port.session.take())
+        };
+        if let Some(session) = session {
+            session.stop();
+        }
+        let rings = self.detach(id); // a session that stops has detached; nothing is left here, unless it failed
+        drop(rings);
+        self.shared.fdb.flush(Flush::Port(id));
+        lock(&self.state).leave(id);
+        Ok(())
+    }
+
+    /// Gives a queue pair to another worker.
+    pub fn move_queue(&self, name: &str, pair: u16, cpu: usize) -> Result<()> {
+        let Some(worker) = self.workers.iter().position(|worker| worker.cpu == cpu) else {
+            let cpus: Vec<String> = self
+                .workers
+                .iter()
+                .map(|worker| worker.cpu.to_string())
+                .collect();
+            bail!(
+                "no worker runs on CPU {cpu}: choose one of {}",
+                cpus.join(", ")
+            );
+        };
+        let mut state = lock(&self.state);
+        let port = state.by_name(name)?;
+        let (id, queues) = (port.id, port.pairs.len());
+        let Some(entry) = port.pairs.get_mut(usize::from(pair)) else {
+            bail!("port {name:?} has no queue pair {pair}: it has {queues}, from 0");
+        };
+        let queue = QueueId { port: id, pair };
+        if entry.polled
+            && let Some(slot) = self.workers[entry.worker].mailbox.detach(queue)?
+        {
+            self.workers[worker].mailbox.attach(slot)?;
+        }
+        entry.worker = worker;
+        Ok(())
+    }
+
+    /// Stops everything: sessions, sockets, workers.
+    pub fn stop(&self) {
+        let sessions: Vec<Arc<Session>> = {
+            let mut state = lock(&self.state);
+            state.stopped = true;
+            state
+                .ports
+                .iter_mut()
+                .flatten()
+                .filter_map(|port| port.session.take())
+                .collect()
+        };
+        sessions.iter().for_each(|session| session.ask_to_stop());
+        sessions.iter().for_each(|session| session.stop());
+        for worker in &self.workers {
+            worker.mailbox.stop();
+        }
+        for worker in &self.workers {
+            if let Some(thread) = lock(&worker.thread).take() {
+                drop(thread.join());
+            }
+        }
+        if let Some(watch) = lock(&self.watch).take() {
+            drop(watch.join());
+        }
+    }
+
+    /// The configuration as it is now.
+    pub fn config(&self) -> Config {
+        lock(&self.change).clone()
+    }
+
+    /// The forwarding database.
+    pub fn fdb(&self) -> &Fdb {
+        &self.shared.fdb
+    }
+
+    /// The coarse clock, seconds.
+    pub fn seconds(&self) -> u32 {
+        self.shared.seconds.load(Relaxed)
+    }
+
+    /// Runs `look` with the ports' names, numbers, generations and bridges.
+    pub fn with_ports<T>(
+        &self,
+        look: impl FnOnce(&mut dyn Iterator<Item = PortName<'_>>) -> T,
+    ) -> T {
+        let state = lock(&self.state);
+        let mut names = state.ports.iter().flatten().map(|port| PortName {
+            name: &port.spec.name,
+            bridge: &port.spec.bridge,
+            id: port.id,
+            generation: port.generation,
+            domain: port.domain,
+        });
+        look(&mut names)
+    }
+
+    /// All ports, by name.
+    pub fn ports(&self) -> Vec<PortStatus> {
+        let state = lock(&self.state);
+        let mut all: Vec<_> = state
+            .ports
+            .iter()
+            .flatten()
+            .map(|port| self.status(port))
+            .collect();
+        all.sort_by(|a, b| a.spec.name.cmp(&b.spec.name));
+        all
+    }
+
+    /// One port.
+    pub fn port(&self, name: &str) -> Result<PortStatus> {
+        let mut state = lock(&self.state);
+        Ok(self.status(state.by_name(name)?))
+    }
+
+    fn status(&self, port: &Port) -> PortStatus {
+        let mut queues = Vec::new();
+        for (pair, entry) in port.pairs.iter().enumerate() {
+            for ring in port
+                .report
+                .rings
+                .iter()
+                .filter(|ring| usize::from(ring.pair) == pair)
+            {
+                let from_guest = ring.direction == state::Direction::FromGuest;
+                queues.push(QueueStatus {
+                    pair: ring.pair,
+                    direction: ring.direction,
+                    ring: ring.kind,
+                    size: ring.size,
+                    enabled: ring.enabled,
+                    worker: from_guest.then(|| self.workers[entry.worker].cpu),
+                    counters: if from_guest {
+                        received(&entry.rx)
+                    } else {
+                        sent(&entry.tx)
+                    },
+                });
+            }
+        }
+        PortStatus {
+            spec: port.spec.clone(),
+            state: port.report.state,
+            reason: port.report.reason.clone(),
+            since_seconds: port.since.elapsed().as_secs(),
+            connects: port.connects,
+            peer: port.report.peer,
+            features: port.report.features.clone(),
+            protocol_features: port.report.protocol_features.clone(),
+            memory: port.report.memory.clone(),
+            queues,
+            counters: port.counters(),
+        }
+    }
+
+    /// All counters.
+    pub fn stats(&self) -> StatsReport {
+        let state = lock(&self.state);
+        let elapsed = self.started.0.elapsed().as_secs_f64();
+        let ports: BTreeMap<String, Counters> = state
+            .ports
+            .iter()
+            .flatten()
+            .map(|port| (port.spec.name.clone(), port.counters()))
+            .collect();
+        let mut total = state.departed.clone();
+        ports.values().for_each(|port| total += port);
+        let fdb = &self.shared.fdb;
+        StatsReport {
+            uptime_seconds: elapsed,
+            tsc_hz: (tsc().wrapping_sub(self.started.1) as f64 / elapsed) as u64,
+            total,
+            departed: state.departed.clone(),
+            ports,
+            workers: (0..self.workers.len())
+                .map(|number| self.worker(&state, number))
+                .collect(),
+            fdb: state::FdbUse {
+                capacity: fdb.capacity() as u64,
+                used: fdb.len() as u64,
+                fixed: fdb.stats().fixed,
+                age: state.age,
+            },
+        }
+    }
+
+    fn worker(&self, state: &State, number: usize) -> WorkerStatus {
+        let (worker, mut queues) = (&self.workers[number], Vec::new());
+        for port in state.ports.iter().flatten() {
+            for (pair, _) in port
+                .pairs
+                .iter()
+                .enumerate()
+                .filter(|(_, pair)| pair.polled && pair.worker == number)
+            {
+                queues.push(state::QueueRef {
+                    port: port.spec.name.clone(),
+                    pair: pair as u16,
+                });
+            }
+        }
+        let counted = &worker.counters;
+        WorkerStatus {
+            cpu: worker.cpu,
+            numa_node: cpu::HostCpus::read("/".as_ref()).node(worker.cpu),
+            queues,
+            turns: counted.passes.load(Relaxed),
+            busy_turns: counted.bursts.load(Relaxed),
+            cycles: counted.total_cycles.load(Relaxed),
+            busy_cycles: counted.busy_cycles.load(Relaxed),
+            sleeps: counted.sleeps.load(Relaxed),
+            counters: Counters {
+                sent: counted.sent.load(Relaxed),
+                ..received(&counted.received)
+            },
+        }
+    }
+
+    /// Shows the workers which ports can be sent to now. When it returns, nobody uses the old picture.
+    fn show(&self, state: &mut State) -> Result<()> {
+        let exits = state
+            .ports
+            .iter()
+            .map(|port| port.as_ref().and_then(Port::exit))
+            .collect();
+        state.topology = Arc::new(Topology::new(exits));
+        for worker in &self.workers {
+            drop(worker.mailbox.show(state.topology.clone())?);
+        }
+        Ok(())
+    }
+
+    fn attach(&self, id: PortId, rings: Rings) -> Result<()> {
+        let mut state = lock(&self.state);
+        let Some(port) = state.port(id) else {
+            bail!("the port is gone")
+        };
+        let mut slots = Vec::new();
+        for (pair, queue) in rings.from_guest {
+            let Some(entry) = port.pairs.get_mut(usize::from(pair)) else {
+                continue;
+            };
+            entry.polled = true;
+            port.poison = Some(queue.poison().clone());
+            let slot = RxSlot {
+                id: QueueId { port: id, pair },
+                domain: port.domain,
+                generation: port.generation,
+                queue: Box::new(queue),
+                counters: entry.rx.clone(),
+            };
+            slots.push((entry.worker, Box::new(slot)));
+        }
+        for (pair, queue) in rings.to_guest {
+            let Some(entry) = port.pairs.get_mut(usize::from(pair)) else {
+                continue;
+            };
+            port.poison = Some(queue.poison().clone());
+            entry.exit = Some(Arc::new(shared::Shared::new(queue, entry.tx.clone())));
+        }
+        self.show(&mut state)?;
+        for (worker, slot) in slots {
+            self.workers[worker].mailbox.attach(slot)?;
+        }
+        Ok(())
+    }
+
+    /// Takes a port's rings back: first nobody sends to it any more, then nobody polls it.
+    fn detach(&self, id: PortId) -> Rings {
+        let mut rings = Rings {
+            from_guest: Vec::new(),
+            to_guest: Vec::new(),
+        };
+        let mut state = lock(&self.state);
+        let Some(port) = state.port(id) else {
+            return rings;
+        };
+        port.poison = None;
+        let mut exits = Vec::new();
+        for (number, pair) in port.pairs.iter_mut().enumerate() {
+            exits.extend(pair.exit.take().map(|exit| (number as u16, exit)));
+            if std::mem::take(&mut pair.polled) {
+                let queue = QueueId {
+                    port: id,
+                    pair: number as u16,
+                };
+                if let Ok(Some(slot)) = self.workers[pair.worker].mailbox.detach(queue) {
+                    let queue: Box<dyn std::any::Any> = slot.queue;
+                    rings.from_guest.extend(
+                        queue
+                            .downcast::<FromGuest>()
+                            .ok()
+                            .map(|queue| (number as u16, *queue)),
+                    );
+                }
+            }
+        }
+        if !exits.is_empty() && self.show(&mut state).is_err() {
+            return rings; // the workers have stopped: whatever they hold goes with them
+        }
+        for (number, exit) in exits {
+            // The workers have handed back every picture in which this exit stood.
+            rings
+                .to_guest
+                .extend(Arc::into_inner(exit).map(|exit| (number, exit.into_inner())));
+        }
+        rings
+    }
+
+    fn report(&self, id: PortId, report: SessionReport) {
+        let mut state = lock(&self.state);
+        let Some(port) = state.port(id) else { return };
+        let up = |state| matches!(state, PortState::Connected | PortState::Forwarding);
+        if port.report.state != report.state {
+            port.since = Instant::now();
+            port.connects += u64::from(up(report.state) && !up(port.report.state));
+            if up(port.report.state) && !up(report.state) {
+                self.shared.fdb.flush(Flush::Port(id));
+            }
+        }
+        port.report = report;
+    }
+
+    /// Tells sessions whose attachment broke, moves the clock, forgets old stations. False: the switch has stopped.
+    fn look_after(&self) -> bool {
+        let (broken, age) = {
+            let mut state = lock(&self.state);
+            if state.stopped {
+                return false;
+            }
+            let mut broken = Vec::new();
+            for port in state.ports.iter_mut().flatten() {
+                if port.poison.as_ref().is_some_and(|poison| poison.is_set()) {
+                    port.poison = None;
+                    broken.extend(port.session.clone());
+                }
+            }
+            (broken, state.age)
+        };
+        broken.iter().for_each(|session| session.poisoned());
+        let now = self.started.0.elapsed().as_secs() as u32 + 1;
+        if self.shared.seconds.swap(now, Relaxed) != now && age > 0 {
+            self.shared.fdb.age(now, age);
+        }
+        true
+    }
+}
+
+/// A port's name with its numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct PortName<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// The bridge it belongs to.
+    pub bridge: &'a str,
+    /// Its number.
+    pub id: PortId,
+    /// The number's present owner.
+    pub generation: u16,
+    /// The bridge's domain.
+    pub domain: Domain,
+}
+
+/// What a port's session holds of the switch.
+struct Handle {
+    switch: Weak<Switch>,
+    id: PortId,
+    generation: u16,
+}
+
+impl Handle {
+    /// The switch, if this port is still the owner of its number.
+    fn switch(&self) -> Option<Arc<Switch>> {
+        let switch = self.switch.upgrade()?;
+        let mine = lock(&switch.state)
+            .port(self.id)
+            .is_some_and(|port| port.generation == self.generation);
+        mine.then_some(switch)
+    }
+}
+
+impl PortHandle for Handle {
+    fn attach(&self, rings: Rings) -> Result<()> {
+        self.switch()
+            .context("the port is gone")?
+            .attach(self.id, rings)
+    }
+
+    fn detach(&self) -> Rings {
+        match self.switch() {
+            Some(switch) => switch.detach(self.id),
+            None => Rings {
+                from_guest: Vec::new(),
+                to_guest: Vec::new(),
+            },
+        }
+    }
+
+    fn report(&self, report: SessionReport) {
+        if let Some(switch) = self.switch() {
+            switch.report(self.id, report);
+        }
+    }
+}
+
+impl State {
+    fn port(&mut self, id: PortId) -> Option<&mut Port> {
+        self.ports.get_mut(usize::from(id.0))?.as_mut()
+    }
+
+    fn by_name(&mut self, name: &str) -> Result<&mut Port> {
+        let known: Vec<String> = self
+            .ports
+            .iter()
+            .flatten()
+            .map(|port| port.spec.name.clone())
+            .collect();
+        match self
+            .ports
+            .iter_mut()
+            .flatten()
+            .find(|port| port.spec.name == name)
+        {
+            Some(port) => Ok(port),
+            None if known.is_empty() => bail!("there is no port {name:?}: the switch has no ports"),
+            None if known.len() > 16 => bail!(
+                "there is no port {name:?}: `ringway port list` shows all {}",
+                known.len()
+            ),
+            None => bail!(
+                "there is no port {name:?}: the ports are {}",
+                known.join(", ")
+            ),
+        }
+    }
+
+    /// Takes a number for a new port.
+    fn enter(&mut self, spec: &PortSpec, workers: &[WorkerHandle]) -> Result<PortId> {
+        let number = self
+            .ports
+            .iter()
+            .position(Option::is_none)
+            .unwrap_or(self.ports.len());
+        if number == PORTS_MAX {
+            bail!(
+                "port {:?}: the switch has its {PORTS_MAX} ports: delete one first",
+                spec.name
+            );
+        }
+        if number == self.ports.len() {
+            self.ports.push(None);
+            self.generations.push(0);
+        }
+        let bridge = self
+            .bridges
+            .iter()
+            .position(|name| *name == spec.bridge)
+            .unwrap_or_else(|| {
+                self.bridges.push(spec.bridge.clone());
+                self.bridges.len() - 1
+            });
+        self.generations[number] = self.generations[number].wrapping_add(1);
+        let id = PortId(number as u16);
+        let pairs = (0..usize::from(spec.queues)).map(|pair| Pair {
+            worker: worker_for(spec, number, pair, workers),
+            rx: Arc::default(),
+            tx: Arc::default(),
+            polled: false,
+            exit: None,
+        });
+        self.ports[number] = Some(Port {
+            spec: spec.clone(),
+            id,
+            generation: self.generations[number],
+            domain: Domain(bridge as u16),
+            pairs: pairs.collect(),
+            report: SessionReport::default(),
+            since: Instant::now(),
+            connects: 0,
+            poison: None,
+            session: None,
+        });
+        Ok(id)
+    }
+
+    fn leave(&mut self, id: PortId) {
+        if let Some(port) = self.ports.get_mut(usize::from(id.0)).and_then(Option::take) {
+            self.departed += &port.counters();
+        }
+    }
+}
+
+/// The worker for a queue pair: the one asked for, or the next in turn.
+fn worker_for(spec: &PortSpec, number: usize, pair: usize, workers: &[WorkerHandle]) -> usize {
+    let asked = spec.workers.get(pair).or(spec.workers.last());
+    asked
+        .and_then(|cpu| workers.iter().position(|worker| worker.cpu == *cpu))
+        .unwrap_or((number + pair) % workers.len())
+}
+
+impl Port {
+    fn exit(&self) -> Option<Exit> {
+        let queues: Vec<Arc<dyn TxQueue>> = self
+            .pairs
+            .iter()
+            .filter_map(|pair| pair.exit.clone())
+            .map(|exit| exit as Arc<dyn TxQueue>)
+            .collect();
+        (!queues.is_empty()).then_some(Exit {
+            generation: self.generation,
+            domain: self.domain,
+            queues,
+        })
+    }
+
+    fn counters(&self) -> Counters {
+        let mut sum = Counters::default();
+        for pair in &self.pairs {
+            sum += &received(&pair.rx);
+            sum += &sent(&pair.tx);
+        }
+        sum
+    }
+}
+
+fn received(counted: &QueueCounters) -> Counters {
+    Counters {
+        received: counted.frames(),
+        received_bytes: counted.bytes(),
+        replicated: counted.replicated(),
+        dropped: dropped(counted),
+        ..Counters::default()
+    }
+}
+
+fn sent(counted: &QueueCounters) -> Counters {
+    Counters {
+        sent: counted.frames(),
+        sent_bytes: counted.bytes(),
+        dropped: dropped(counted),
+        ..Counters::default()
+    }
+}
+
+fn dropped(counted: &QueueCounters) -> BTreeMap<String, u64> {
+    let named = Reason::ALL
+        .iter()
+        .map(|reason| (reason.name().to_owned(), counted.dropped(*reason)));
+    named.filter(|(_, frames)| *frames > 0).collect()
+}
+
+fn when_idle(idle: state::Idle) -> Idle {
+    match idle {
+        state::Idle::Poll => Idle::Poll,
+        state::Idle::Adaptive => {
+            let (start, at) = (tsc(), Instant::now());
+            std::thread::sleep(Duration::from_millis(5));
+            let hz = tsc().wrapping_sub(start) as f64 / at.elapsed().as_secs_f64();
+            Idle::Adaptive {
+                after: (hz * IDLE_AFTER.as_secs_f64()) as u64,
+            }
+        }
+    }
+}
+
+fn spawn_worker(
+    number: usize,
+    cpu: usize,
+    shared: &Arc<Shared>,
+    idle: state::Idle,
+) -> Result<WorkerHandle> {
+    let (bed, bell) = Bed::new().context("a worker cannot sleep: epoll or eventfd failed")?;
+    let (mailbox, slot) = mailbox::mailbox(bell);
+    let counters = Arc::<WorkerCounters>::default();
+    let worker = (shared.clone(), counters.clone(), when_idle(idle));
+    let (told, pinned) = crossbeam::channel::bounded(1);
+    let thread = std::thread::Builder::new()
+        .name(format!("worker-{cpu}"))
+        .spawn(move || {
+            let here = cpu::pin(cpu);
+            let ready = here.is_ok();
+            let _ = told.send(here);
+            if !ready {
+                return Vec::new();
+            }
+            Worker::new(number, worker.0, worker.1, slot, worker.2, Box::new(bed)).run()
+        })?;
+    pinned.recv().context("a worker ended at once")??;
+    Ok(WorkerHandle {
+        cpu,
+        mailbox,
+        counters,
+        thread: Mutex::new(Some(thread)),
+    })
+}
+
+fn spawn_watch(switch: &Arc<Switch>) -> Result<JoinHandle<()>> {
+    let switch = Arc::downgrade(switch);
+    let watch = move || {
+        while switch.upgrade().is_some_and(|switch| switch.look_after()) {
+            std::thread::sleep(WATCH);
+        }
+    };
+    Ok(std::thread::Builder::new()
+        .name("watch".into())
+        .spawn(watch)?)
+}
+
+/// A control thread that panicked has changed nothing half: every change below a lock is a plain assignment.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,97 @@
+//! How a worker sleeps: on the kick descriptors of its guests and on its mailbox.
+//!
+//! A kick descriptor is watched edge-triggered and never read: a guest that kicks without end, or fills its eventfd, wakes
+//! the worker once per sleep at most.
+#![allow(unsafe_code)]
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+
+use crate::dataplane::mailbox::Wake;
+use crate::dataplane::queue::RxQueue;
+use crate::dataplane::worker::Doze;
+
+/// A worker's bed.
+pub struct Bed {
+    epoll: OwnedFd,
+    bell: Arc<Bell>,
+    events: Vec<epoll::Event>,
+}
+
+/// Wakes the worker that sleeps in a [`Bed`].
+pub struct Bell(OwnedFd);
+
+impl Bed {
+    /// A bed, and the bell that wakes whoever sleeps in it.
+    pub fn new() -> std::io::Result<(Bed, Arc<Bell>)> {
+        let bell = Arc::new(Bell(eventfd(
+            0,
+            EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK,
+        )?));
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(
+            &epoll,
+            &bell.0,
+            epoll::EventData::new_u64(1),
+            epoll::EventFlags::IN,
+        )?;
+        Ok((
+            Bed {
+                epoll,
+                bell: bell.clone(),
+                events: Vec::with_capacity(16),
+            },
+            bell,
+        ))
+    }
+}
+
+impl Wake for Bell {
+    fn wake(&self) {
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+}
+
+fn wake_fd(queue: &dyn RxQueue) -> Option<BorrowedFd<'_>> {
+    // SAFETY: the queue owns the descriptor and is borrowed for as long as the result lives.
+    queue
+        .wake_fd()
+        .map(|fd| unsafe { BorrowedFd::borrow_raw(fd) })
+}
+
+impl Doze for Bed {
+    fn watch(&mut self, queue: &dyn RxQueue) {
+        if let Some(fd) = wake_fd(queue) {
+            // One process may use the same eventfd for two rings: watched once is enough.
+            let _ = epoll::add(
+                &self.epoll,
+                fd,
+                epoll::EventData::new_u64(0),
+                epoll::EventFlags::IN | epoll::EventFlags::ET,
+            );
+        }
+    }
+
+    fn unwatch(&mut self, queue: &dyn RxQueue) {
+        if let Some(fd) = wake_fd(queue) {
+            let _ = epoll::delete(&self.epoll, fd);
+        }
+    }
+
+    fn sleep(&mut self, most: Duration) {
+        let timeout = Timespec {
+            tv_sec: most.as_secs() as i64,
+            tv_nsec: i64::from(most.subsec_nanos()),
+        };
+        self.events.clear();
+        let _ = epoll::wait(
+            &self.epoll,
+            rustix::buffer::spare_capacity(&mut self.events),
+            Some(&timeout),
+        );
+        let _ = rustix::io::read(&self.bell.0, &mut [0u8; 8]);
+    }
+}

@@ -1,0 +1,6 @@
+//! Where frames enter and leave: the port types.
+
+pub mod call;
+pub mod doze;
+pub mod shared;
+pub mod vhost;

@@ -1,0 +1,451 @@
+//! The queue pairs of a guest's net device: rings in its memory as queues of the switch.
+//!
+//! Every frame in a ring has a 12-byte virtio-net header in front (virtio 1.2 §5.1.6). No offload is negotiated, so what a
+//! sender writes there is never read (it would cost a cache line, 11 cycles per frame) and a receiver gets zeros and the
+//! number of buffers.
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use super::call::Call;
+use super::shared::{Sender, Sent};
+use crate::dataplane::counters::Reason;
+use crate::dataplane::frame::{BURST_MAX, Burst, SEGMENTS_MAX, Segment, Slots};
+use crate::dataplane::queue::RxQueue;
+use crate::virtio::guest_mem::Poison;
+use crate::virtio::ring::{BATCH, Buffer, Buffers, Fault, Lie, NET_HEADER, Piece, Ring};
+
+const _: () = assert!(BURST_MAX <= BATCH);
+
+/// Fetches per burst: 64 frames of 64 KiB take one each, and as many again for useless buffers. Bounds the work of a turn.
+const ROUNDS: usize = 2 * BURST_MAX;
+
+/// A ring with what belongs to it: the descriptors for notification, and what went wrong.
+struct Side {
+    ring: Ring,
+    buffers: Box<Buffers>,
+    poison: Arc<Poison>,
+    call: Option<Call>,
+    lie: Option<Lie>,
+}
+
+impl Side {
+    fn new(ring: Ring, call: Option<Call>) -> Side {
+        let poison = ring.mem().poison().clone();
+        Side {
+            ring,
+            buffers: Buffers::new(),
+            poison,
+            call,
+            lie: None,
+        }
+    }
+
+    /// The whole attachment leaves service: control finds the flag and asks for the reason.
+    #[cold]
+    fn broken(&mut self, lie: Lie) {
+        self.lie = Some(lie);
+        self.poison.set();
+    }
+
+    #[inline]
+    fn call_guest(&mut self) {
+        if self.ring.call_wanted()
+            && let Some(call) = &self.call
+        {
+            call.signal();
+        }
+    }
+}
+
+/// A guest's transmit ring: the switch receives from it.
+pub struct FromGuest {
+    side: Side,
+    kick: Option<OwnedFd>,
+    frame_max: u32,
+}
+
+impl FromGuest {
+    /// Frames longer than `frame_max` bytes are dropped.
+    pub fn new(ring: Ring, call: Option<Call>, kick: Option<OwnedFd>, frame_max: u32) -> FromGuest {
+        FromGuest {
+            side: Side::new(ring, call),
+            kick,
+            frame_max,
+        }
+    }
+
+    /// The rule the guest broke in this ring, if it did.
+    pub fn lie(&self) -> Option<Lie> {
+        self.side.lie
+    }
+
+    /// Takes the queue apart: the ring's position, and the descriptors.
+    pub fn into_parts(self) -> (Ring, Option<Call>, Option<OwnedFd>) {
+        (self.side.ring, self.side.call, self.kick)
+    }
+
+    /// A buffer that is not simply one piece with a header and a frame in it. False: the burst is full.
+    #[cold]
+    fn push_odd(&self, slots: &mut Slots, buffer: &Buffer) -> bool {
+        match buffer.fault {
+            Some(Fault::BadAddress) => slots.push_fault(Reason::BadAddress),
+            Some(Fault::TooManyPieces) => slots.push_fault(Reason::TooManySegments),
+            None if buffer.pieces == 0 && buffer.len <= NET_HEADER => {
+                slots.push_fault(Reason::Runt)
+            }
+            None if buffer.pieces == 0 => slots.push_fault(Reason::Oversize),
+            None => return self.push_chain(slots, self.side.buffers.pieces(buffer)),
+        }
+        true
+    }
+
+    fn push_chain(&self, slots: &mut Slots, pieces: &[Piece]) -> bool {
+        let mut segments = [Segment {
+            at: std::ptr::null(),
+            len: 0,
+        }; SEGMENTS_MAX];
+        let (mut count, mut len, mut header) = (0, 0u64, NET_HEADER);
+        for piece in pieces {
+            let skip = header.min(piece.len);
+            header -= skip;
+            if piece.len == skip {
+                continue;
+            }
+            let Some(segment) = segments.get_mut(count) else {
+                slots.push_fault(Reason::TooManySegments);
+                return true;
+            };
+            *segment = Segment {
+                at: piece.at.wrapping_add(skip as usize),
+                len: piece.len - skip,
+            };
+            count += 1;
+            len += u64::from(piece.len - skip);
+        }
+        if count == 0 {
+            slots.push_fault(Reason::Runt);
+        } else if len > u64::from(self.frame_max) {
+            slots.push_fault(Reason::Oversize);
+        } else {
+            // SAFETY: each piece was checked against the guest's memory, which the ring keeps mapped; `skip <= len`.
+            return unsafe { slots.push_pieces(&segments[..count]) };
+        }
+        true
+    }
+}
+
+impl RxQueue for FromGuest {
+    #[inline]
+    fn lend<'a>(&'a mut self, slots: &'a mut Slots) -> Burst<'a> {
+        slots.clear();
+        if !self.side.poison.is_set() {
+            match self.side.ring.fetch(&mut self.side.buffers, BURST_MAX) {
+                Ok(count) => {
+                    for index in 0..count {
+                        let buffer = *self.side.buffers.buffer(index);
+                        let len = buffer.len.wrapping_sub(NET_HEADER);
+                        // A length of 0, or below the header's, wraps to more than any `frame_max`.
+                        if buffer.pieces == 0 && len.wrapping_sub(1) < self.frame_max {
+                            // SAFETY: `len + 12 <= room` bytes are mapped at `at` (checked by the ring) as long as the
+                            // ring lives; `index < BURST_MAX`.
+                            unsafe {
+                                slots.push(
+                                    buffer.at.add(NET_HEADER as usize),
+                                    len,
+                                    buffer.room - NET_HEADER,
+                                );
+                            }
+                        } else if !self.push_odd(slots, &buffer) {
+                            break;
+                        }
+                    }
+                }
+                Err(lie) => self.side.broken(lie),
+            }
+        }
+        slots.lend(self.side.poison.flag())
+    }
+
+    #[inline]
+    fn give_back(&mut self, done: usize) {
+        if self.side.poison.is_set() {
+            return; // a ring whose memory vanished is never published to
+        }
+        self.side.ring.complete(done, &[]);
+        self.side.call_guest();
+    }
+
+    fn arm(&mut self) -> bool {
+        !self.side.poison.is_set() && self.side.ring.arm()
+    }
+
+    fn disarm(&mut self) {
+        if !self.side.poison.is_set() {
+            self.side.ring.disarm();
+        }
+    }
+
+    fn wake_fd(&self) -> Option<RawFd> {
+        self.kick.as_ref().map(AsRawFd::as_raw_fd)
+    }
+}
+
+/// A guest's receive ring: the switch transmits to it.
+pub struct ToGuest {
+    side: Side,
+    mergeable: bool,
+    written: [u32; BATCH],
+}
+
+/// One batch of buffers being filled.
+#[derive(Default)]
+struct Filled {
+    /// Buffers used.
+    buffers: usize,
+    frames: u32,
+    bytes: u64,
+    /// Frames that fit no buffer.
+    small: u32,
+    /// A long frame needs more buffers than were fetched.
+    short: bool,
+}
+
+impl ToGuest {
+    /// `mergeable`: a frame may be spread over several buffers (VIRTIO_NET_F_MRG_RXBUF was negotiated).
+    pub fn new(ring: Ring, call: Option<Call>, mergeable: bool) -> ToGuest {
+        ToGuest {
+            side: Side::new(ring, call),
+            mergeable,
+            written: [0; BATCH],
+        }
+    }
+
+    /// The rule the guest broke in this ring, if it did.
+    pub fn lie(&self) -> Option<Lie> {
+        self.side.lie
+    }
+
+    /// Takes the queue apart: the ring's position, and the descriptor.
+    pub fn into_parts(self) -> (Ring, Option<Call>) {
+        (self.side.ring, self.side.call)
+    }
+
+    /// Fills the `count` fetched buffers with the frames in `picks`, and clears the bits of those that are dealt with.
+    #[inline]
+    fn fill(&mut self, burst: &Burst<'_>, picks: &mut u64, count: usize) -> Filled {
+        let mut filled = Filled::default();
+        while *picks != 0 && filled.buffers < count {
+            let index = picks.trailing_zeros() as usize;
+            let len = burst.frame_len(index);
+            let buffer = self.side.buffers.buffer(filled.buffers);
+            if buffer.pieces == 0 && buffer.len >= len + NET_HEADER {
+                // SAFETY: the buffer has room for header and frame (just compared; a faulty one has length 0).
+                unsafe {
+                    put_header(buffer.at, 1);
+                    burst.copy(index, buffer.at.add(NET_HEADER as usize));
+                }
+                self.written[filled.buffers % BATCH] = len + NET_HEADER;
+                filled.buffers += 1;
+                filled.frames += 1;
+                filled.bytes += u64::from(len);
+            } else if !self.fill_odd(burst, index, count, &mut filled) {
+                break;
+            }
+            *picks &= *picks - 1;
+        }
+        filled
+    }
+
+    /// A frame that does not fit the next buffer in one piece. False: more buffers are needed, fetch again.
+    #[cold]
+    fn fill_odd(
+        &mut self,
+        burst: &Burst<'_>,
+        index: usize,
+        count: usize,
+        filled: &mut Filled,
+    ) -> bool {
+        let need = u64::from(burst.frame_len(index)) + u64::from(NET_HEADER);
+        let first = filled.buffers;
+        // How many buffers does the frame take?
+        let (mut room, mut last) = (0u64, first);
+        while room < need {
+            if last == count {
+                filled.short = true;
+                return false;
+            }
+            let buffer = self.side.buffers.buffer(last);
+            let size = self.size(buffer);
+            if last == first && (buffer.fault.is_some() || size < u64::from(NET_HEADER)) {
+                // Useless even for a header: back to the guest with length 0, and on to the next one.
+                self.written[first % BATCH] = 0;
+                filled.buffers += 1;
+                return self.fill_odd_again(burst, index, count, filled);
+            }
+            if !self.mergeable && size < need {
+                filled.small += 1;
+                return true; // the buffer stays for a shorter frame
+            }
+            room += size;
+            last += 1;
+        }
+        self.scatter(burst, index, first..last);
+        filled.buffers = last;
+        filled.frames += 1;
+        filled.bytes += need - u64::from(NET_HEADER);
+        true
+    }
+
+    fn fill_odd_again(
+        &mut self,
+        burst: &Burst<'_>,
+        index: usize,
+        count: usize,
+        filled: &mut Filled,
+    ) -> bool {
+        // At most `count` times in a row: each has used up one buffer.
+        if filled.buffers == count {
+            false
+        } else {
+            self.fill_odd(burst, index, count, filled)
+        }
+    }
+
+    fn size(&self, buffer: &Buffer) -> u64 {
+        if buffer.pieces == 0 {
+            return u64::from(buffer.len);
+        }
+        self.side
+            .buffers
+            .pieces(buffer)
+            .iter()
+            .map(|piece| u64::from(piece.len))
+            .sum()
+    }
+
+    /// Writes header and frame over all pieces of `buffers`, which together have room for them.
+    fn scatter(&mut self, burst: &Burst<'_>, index: usize, buffers: std::ops::Range<usize>) {
+        let len = burst.frame_len(index) as usize;
+        let mut header = [0u8; NET_HEADER as usize];
+        // SAFETY: 12 bytes.
+        unsafe { put_header(header.as_mut_ptr(), buffers.len() as u16) };
+        let mut at = 0; // position in header + frame
+        for number in buffers {
+            let before = at;
+            let buffer = *self.side.buffers.buffer(number);
+            let alone = [Piece {
+                at: buffer.at,
+                len: buffer.len,
+            }];
+            let pieces = if buffer.pieces == 0 {
+                &alone[..]
+            } else {
+                self.side.buffers.pieces(&buffer)
+            };
+            for piece in pieces {
+                let (mut to, mut room) = (piece.at, piece.len as usize);
+                if at < header.len() {
+                    let take = room.min(header.len() - at);
+                    // SAFETY: `take` bytes are left of the header, and `take <= room` fit at `to`.
+                    unsafe {
+                        std::ptr::copy_nonoverlapping(header.as_ptr().add(at), to, take);
+                        to = to.add(take);
+                    }
+                    at += take;
+                    room -= take;
+                }
+                let take = room.min(header.len() + len - at);
+                if take > 0 {
+                    // SAFETY: `at - 12 + take <= len`, and `take <= room` bytes fit at `to`.
+                    unsafe { burst.copy_part(index, at - header.len(), take, to) };
+                    at += take;
+                }
+            }
+            self.written[number % BATCH] = (at - before) as u32;
+        }
+    }
+
+    /// Publishes what was filled, unless memory vanished under it meanwhile: zeros are never delivered.
+    #[inline]
+    fn publish(&mut self, burst: &Burst<'_>, filled: &Filled, total: &mut Sent) -> bool {
+        if self.side.poison.is_set() {
+            total.reason = Reason::TxBroken;
+            return false;
+        }
+        if burst.sender_gone() {
+            total.reason = Reason::SenderGone;
+            return false;
+        }
+        self.side.ring.complete(filled.buffers, &self.written);
+        total.frames += filled.frames;
+        total.bytes += filled.bytes;
+        total.small += filled.small;
+        true
+    }
+}
+
+impl Sender for ToGuest {
+    #[inline]
+    fn send(&mut self, burst: &Burst<'_>, mut picks: u64) -> Sent {
+        let mut total = Sent {
+            frames: 0,
+            bytes: 0,
+            small: 0,
+            reason: Reason::TxFull,
+        };
+        if self.side.poison.is_set() {
+            return Sent {
+                reason: Reason::TxBroken,
+                ..total
+            };
+        }
+        let mut most = picks.count_ones() as usize;
+        for _ in 0..ROUNDS {
+            let count = match self.side.ring.fetch(&mut self.side.buffers, most) {
+                Ok(count) => count,
+                Err(lie) => {
+                    self.side.broken(lie);
+                    total.reason = Reason::TxBroken;
+                    break;
+                }
+            };
+            if count == 0 {
+                break;
+            }
+            let filled = self.fill(burst, &mut picks, count);
+            if !self.publish(burst, &filled, &mut total) {
+                break;
+            }
+            if filled.short && filled.buffers == 0 {
+                if most == BATCH {
+                    picks &= picks - 1; // a whole batch cannot hold it: dropped, the next ones may fit
+                }
+                most = BATCH;
+            }
+            if picks == 0 {
+                break;
+            }
+        }
+        if total.frames > 0 {
+            self.side.call_guest();
+        }
+        total
+    }
+}
+
+/// Writes a virtio-net header without offloads: zeros, and the number of buffers (virtio 1.2 §5.1.6: le16 at byte 10).
+///
+/// # Safety
+/// 12 bytes at `at` are valid for writes.
+#[inline]
+unsafe fn put_header(at: *mut u8, buffers: u16) {
+    // SAFETY: bytes 0 to 7, then 8 to 11.
+    unsafe {
+        at.cast::<u64>().write_unaligned(0);
+        at.add(8)
+            .cast::<u32>()
+            .write_unaligned((u32::from(buffers) << 16).to_le());
+    }
+}
