@@ -3,3 +3,6 @@
 pub mod guest_fault;
 mod guest_map;
 pub mod guest_mem;
+pub mod packed;
+pub mod ring;
+pub mod split;

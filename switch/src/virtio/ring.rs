@@ -16,6 +16,11 @@ use super::split::SplitRing;
 pub const BATCH: usize = 64;
 /// Pieces (descriptors) one buffer may have: 64 KiB in 2 KiB pieces, and its header.
 pub const PIECES_MAX: usize = 41;
+/// Descriptors of one chain that are followed. A loop is longer, and so is what nobody needs: DPDK chains five for a
+/// 9000-byte frame, Linux at most nineteen.
+pub const CHAIN_MAX: u16 = 128;
+/// Descriptors of chains that one fetch follows before it ends early: bounds the work of a turn.
+const WALK_MAX: usize = 512;
 /// Bytes of `struct virtio_net_hdr_v1` in front of every frame (virtio 1.2 §5.1.6).
 pub const NET_HEADER: u32 = 12;
 
@@ -85,8 +90,8 @@ pub enum Lie {
         /// Descriptors in the table.
         size: u16,
     },
-    /// A chain longer than its table: it loops.
-    #[error("descriptor chain loops")]
+    /// A chain longer than its table or than [`CHAIN_MAX`]: it loops, or might as well.
+    #[error("descriptor chain loops or has more than 128 descriptors")]
     Loop,
     /// A writable buffer in a transmit ring, or a readable one in a receive ring.
     #[error("descriptor for the wrong direction")]
@@ -143,8 +148,10 @@ pub(super) const NO_BUFFER: Buffer = Buffer {
 /// The buffers of one fetch.
 pub struct Buffers {
     pub(super) list: [Buffer; BATCH],
-    pub(super) spill: [Piece; BATCH * 8],
-    pub(super) spilled: usize,
+    spill: [Piece; BATCH * 8],
+    spilled: usize,
+    /// Descriptors of chains followed in this fetch.
+    walked: usize,
 }
 
 // SAFETY: the pointers go into a guest's memory, which the ring's `Arc<GuestMem>` keeps mapped; they are plain addresses.
@@ -160,7 +167,20 @@ impl Buffers {
                 len: 0,
             }; BATCH * 8],
             spilled: 0,
+            walked: 0,
         })
+    }
+
+    /// Forgets the last fetch.
+    #[inline]
+    pub(super) fn begin(&mut self) {
+        (self.spilled, self.walked) = (0, 0);
+    }
+
+    /// True if this fetch has followed enough chains: the next one waits for the next fetch.
+    #[inline]
+    pub(super) fn walked_enough(&self) -> bool {
+        self.walked >= WALK_MAX
     }
 
     /// Buffer number `index` of the last fetch.
@@ -206,6 +226,58 @@ impl Desc {
             fourth: (rest >> 48) as u16,
         }
     }
+
+    /// Reads a descriptor of an indirect table, which need not be aligned.
+    ///
+    /// # Safety
+    /// 16 bytes at `at` are mapped.
+    pub(super) unsafe fn read_anywhere(at: *const u8) -> Desc {
+        #[derive(Clone, Copy)]
+        #[repr(C, packed)]
+        struct Word(u64);
+        // SAFETY: the caller's promise; volatile: read exactly once.
+        let words = unsafe {
+            let at = at.cast::<Word>();
+            [ptr::read_volatile(at).0, ptr::read_volatile(at.add(1)).0]
+        };
+        // SAFETY: an aligned private copy.
+        unsafe { Desc::read(words.as_ptr()) }
+    }
+}
+
+/// A ring's descriptors.
+#[derive(Clone, Copy)]
+pub(super) struct Table {
+    first: *mut u8,
+    pub(super) size: u16,
+}
+
+impl Table {
+    /// `size` descriptors at `first`, where they must be mapped, aligned to 16.
+    pub(super) fn new(first: *mut u8, size: u16) -> Table {
+        Table { first, size }
+    }
+
+    /// Where descriptor `index` is.
+    ///
+    /// # Safety
+    /// `index < size`.
+    #[inline]
+    pub(super) unsafe fn at(self, index: u16) -> *mut u8 {
+        debug_assert!(index < self.size);
+        // SAFETY: the caller's promise, and that of `new`.
+        unsafe { self.first.add(size_of::<[u64; 2]>() * usize::from(index)) }
+    }
+
+    /// Reads descriptor `index`.
+    ///
+    /// # Safety
+    /// `index < size`.
+    #[inline]
+    pub(super) unsafe fn read(self, index: u16) -> Desc {
+        // SAFETY: the caller's promise; mapped and aligned by that of `new`.
+        unsafe { Desc::read(self.at(index).cast()) }
+    }
 }
 
 /// Where a guest put a ring, and how both sides agreed to use it.
@@ -220,7 +292,7 @@ pub struct RingSetup {
     pub avail: u64,
     /// Used ring; packed: device event suppression area.
     pub used: u64,
-    /// SET_VRING_BASE: split: next available index; packed: see `packed.rs`.
+    /// SET_VRING_BASE. Split: next available index. Packed: bits 0 to 14 next descriptor, bit 15 wrap counter.
     pub base: u32,
     /// Negotiated features.
     pub features: u64,
@@ -240,6 +312,9 @@ pub enum BadSetup {
     /// A part of the ring lies outside the shared memory, or across two regions.
     #[error("ring part at {0:#x} is outside the shared memory")]
     Outside(u64),
+    /// A packed ring cannot go on there.
+    #[error("ring base {0:#x} is outside the ring")]
+    Base(u32),
 }
 
 impl RingSetup {
@@ -351,13 +426,40 @@ impl Ring {
     }
 }
 
+/// A buffer of one descriptor; the lines that will be used are on their way.
+#[inline]
+pub(super) fn one_piece(mem: &GuestMem, hit: &mut Hit, way: Way, desc: &Desc) -> Buffer {
+    let Some(at) = mem.translate(hit, desc.addr, desc.len) else {
+        return Buffer {
+            fault: Some(Fault::BadAddress),
+            ..NO_BUFFER
+        };
+    };
+    let at = at.as_ptr();
+    // DPDK puts the header before a line's end and the frame's first byte at the next line's start.
+    let payload = at.wrapping_add(NET_HEADER as usize);
+    if way == Way::ToGuest {
+        prefetch_write(at);
+        prefetch_write(payload);
+    } else {
+        prefetch_read(payload);
+    }
+    Buffer {
+        at,
+        len: desc.len,
+        room: hit.room(at),
+        ..NO_BUFFER
+    }
+}
+
 /// Collects the pieces of one chained or indirect buffer.
 pub(super) struct Chain<'a> {
-    pub(super) buffers: &'a mut Buffers,
-    pub(super) mem: &'a GuestMem,
-    pub(super) hit: &'a mut Hit,
-    pub(super) way: Way,
+    buffers: &'a mut Buffers,
+    mem: &'a GuestMem,
+    hit: &'a mut Hit,
+    way: Way,
     from: usize,
+    steps: u16,
     fault: Option<Fault>,
 }
 
@@ -378,12 +480,18 @@ impl<'a> Chain<'a> {
             hit,
             way,
             from,
+            steps: 0,
             fault: None,
         }
     }
 
     /// Adds one descriptor's memory.
     pub(super) fn add(&mut self, addr: u64, len: u32, flags: u16) -> Result<(), Lie> {
+        if self.steps == CHAIN_MAX {
+            return Err(Lie::Loop);
+        }
+        self.steps += 1;
+        self.buffers.walked += 1;
         if (flags & flag::WRITE != 0) != (self.way == Way::ToGuest) {
             return Err(Lie::Direction);
         }
@@ -412,6 +520,18 @@ impl<'a> Chain<'a> {
         Ok(())
     }
 
+    /// Finds an indirect table: its first byte and how many descriptors it has (virtio 1.2 §2.7.5.3, §2.8.7).
+    pub(super) fn table(&mut self, addr: u64, len: u32) -> Result<(*const u8, usize), Lie> {
+        let (count, rest) = (len as usize / 16, len % 16);
+        if count == 0 || rest != 0 {
+            return Err(Lie::Indirect);
+        }
+        let at = self.mem.translate(self.hit, addr, len);
+        at.map_or(Err(Lie::Indirect), |at| {
+            Ok((at.as_ptr().cast_const(), count))
+        })
+    }
+
     /// The finished buffer.
     pub(super) fn end(self) -> Result<Buffer, BatchFull> {
         let count = self.buffers.spilled - self.from;
@@ -427,18 +547,24 @@ impl<'a> Chain<'a> {
             });
         }
         match self.buffers.spill.get(self.from) {
-            _ if count == 0 => Ok(NO_BUFFER),
-            Some(first) => Ok(Buffer {
+            Some(first) if count > 0 => Ok(Buffer {
                 at: first.at,
                 len: first.len,
                 room: first.len,
-                pieces: count as u16,
+                pieces: if count == 1 { 0 } else { count as u16 },
                 from: self.from as u16,
                 fault: None,
             }),
-            None => Ok(NO_BUFFER),
+            _ => Ok(NO_BUFFER),
         }
     }
+}
+
+/// The rule of notification by index (virtio 1.2 §2.7.10): did `event` lie in the `since` steps that led to `new`?
+/// Wrong answers to garbage are the guest's own loss.
+#[inline]
+pub(super) fn passed(event: u16, new: u16, since: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < since
 }
 
 /// Fetches the line at `at` for reading.

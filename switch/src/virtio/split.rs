@@ -11,19 +11,17 @@ use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::guest_mem::{GuestMem, Hit};
 use super::ring::{
-    BATCH, BadSetup, BatchFull, Buffer, Buffers, Chain, Desc, Fault, Lie, NET_HEADER, NO_BUFFER,
-    RingSetup, Way, feature, flag, prefetch_read, prefetch_write,
+    BATCH, BadSetup, BatchFull, Buffer, Buffers, CHAIN_MAX, Chain, Desc, Lie, RingSetup, Table,
+    Way, feature, flag, one_piece, passed, prefetch_read,
 };
 
 /// `avail.flags`: the driver wants no call; `used.flags`: the device wants no kick (virtio 1.2 §2.7.6, §2.7.8).
 const NO_NOTIFY: u16 = 1;
-/// Bytes of a descriptor.
-const DESC: usize = 16;
 
 /// A split ring, used by one thread at a time.
 pub struct SplitRing {
     pub(super) mem: Arc<GuestMem>,
-    desc: *const u8,
+    table: Table,
     avail: *const u8,
     used: *mut u8,
     size: u16,
@@ -53,7 +51,7 @@ impl SplitRing {
             return Err(BadSetup::Size(setup.size));
         }
         let mut ring = SplitRing {
-            desc: setup.part(setup.desc, 16 * size, 16)?,
+            table: Table::new(setup.part(setup.desc, 16 * size, 16)?, setup.size),
             avail: setup.part(setup.avail, 6 + 2 * size, 2)?,
             used: setup.part(setup.used, 6 + 8 * size, 4)?,
             size: setup.size,
@@ -103,12 +101,6 @@ impl SplitRing {
         self.used_u16(2)
     }
 
-    #[inline]
-    fn desc_at(&self, index: u16) -> *const u8 {
-        // SAFETY: `index < size` (checked or masked by the callers) and `size` descriptors are mapped at `desc`.
-        unsafe { self.desc.add(DESC * usize::from(index)) }
-    }
-
     /// See [`super::ring::Ring::fetch`].
     #[inline]
     pub(super) fn fetch(&mut self, buffers: &mut Buffers, most: usize) -> Result<usize, Lie> {
@@ -143,56 +135,30 @@ impl SplitRing {
                 });
             }
             self.heads[index] = head;
-            prefetch_read(self.desc_at(head));
+            // SAFETY: `head < size`, just checked.
+            prefetch_read(unsafe { self.table.at(head) });
         }
         // 2. Descriptors; the buffers' lines are on their way.
-        buffers.spilled = 0;
+        let plain = match self.way {
+            Way::ToGuest => flag::WRITE,
+            Way::FromGuest => 0,
+        };
+        buffers.begin();
         for index in 0..count {
-            // SAFETY: `head < size`, checked above; aligned to 16 by `new`.
-            let desc = unsafe { Desc::read(self.desc_at(self.heads[index] & mask).cast()) };
-            let (flags, plain) = (
-                desc.third,
-                if self.way == Way::ToGuest {
-                    flag::WRITE
-                } else {
-                    0
-                },
-            );
-            let buffer = if flags == plain {
-                self.one_piece(&desc)
+            // SAFETY: `head < size`, checked above, and again by the mask in case the processor guesses (Spectre).
+            let desc = unsafe { self.table.read(self.heads[index] & mask) };
+            buffers.list[index] = if desc.third == plain {
+                one_piece(&self.mem, &mut self.hit, self.way, &desc)
+            } else if buffers.walked_enough() {
+                return Ok(index);
             } else {
                 match self.chain(buffers, desc)? {
                     Ok(buffer) => buffer,
                     Err(BatchFull) => return Ok(index),
                 }
             };
-            buffers.list[index] = buffer;
         }
         Ok(count)
-    }
-
-    #[inline]
-    fn one_piece(&mut self, desc: &Desc) -> Buffer {
-        let Some(at) = self.mem.translate(&mut self.hit, desc.addr, desc.len) else {
-            return Buffer {
-                fault: Some(Fault::BadAddress),
-                ..NO_BUFFER
-            };
-        };
-        let at = at.as_ptr();
-        let payload = at.wrapping_add(NET_HEADER as usize);
-        if self.way == Way::ToGuest {
-            prefetch_write(at);
-            prefetch_write(payload);
-        } else {
-            prefetch_read(payload);
-        }
-        Buffer {
-            at,
-            len: desc.len,
-            room: self.hit.room(at),
-            ..NO_BUFFER
-        }
     }
 
     /// Walks a chain or an indirect table (§2.7.5.1, §2.7.5.3). Every step is counted: a chain cannot be longer than its table.
@@ -202,61 +168,30 @@ impl SplitRing {
         buffers: &mut Buffers,
         first: Desc,
     ) -> Result<Result<Buffer, BatchFull>, Lie> {
-        let mem = self.mem.clone();
-        let mut hit = self.hit;
-        let mut chain = Chain::new(buffers, &mem, &mut hit, self.way);
+        let (table, indirect) = (self.table, self.indirect);
+        let mut chain = Chain::new(buffers, &self.mem, &mut self.hit, self.way);
         let mut desc = first;
-        for _ in 0..self.size {
+        for _ in 0..table.size.min(CHAIN_MAX) {
             let flags = desc.third;
             if flags & flag::INDIRECT != 0 {
-                self.indirect(&mut chain, &desc)?;
+                if !indirect || flags & flag::NEXT != 0 {
+                    return Err(Lie::Indirect);
+                }
+                walk_indirect(&mut chain, &desc)?;
                 return Ok(chain.end());
             }
             chain.add(desc.addr, desc.len, flags)?;
             if flags & flag::NEXT == 0 {
                 return Ok(chain.end());
             }
-            if desc.fourth >= self.size {
+            if desc.fourth >= table.size {
                 return Err(Lie::Index {
                     index: desc.fourth,
-                    size: self.size,
+                    size: table.size,
                 });
             }
             // SAFETY: `fourth < size`, just checked.
-            desc = unsafe { Desc::read(self.desc_at(desc.fourth & self.mask()).cast()) };
-        }
-        Err(Lie::Loop)
-    }
-
-    /// An indirect table ends its chain (§2.7.5.3.1), is not nested, and its `next` stay inside it.
-    fn indirect(&self, chain: &mut Chain<'_>, table: &Desc) -> Result<(), Lie> {
-        let count = table.len as usize / DESC;
-        if !self.indirect
-            || table.third & flag::NEXT != 0
-            || count == 0
-            || count > usize::from(u16::MAX)
-            || !(table.len as usize).is_multiple_of(DESC)
-        {
-            return Err(Lie::Indirect);
-        }
-        let Some(base) = chain.mem.translate(chain.hit, table.addr, table.len) else {
-            return Err(Lie::Indirect);
-        };
-        let mut index = 0usize;
-        for _ in 0..count {
-            // SAFETY: `index < count`, and count·16 bytes are mapped at `base`. The table need not be aligned.
-            let desc = unsafe { read_unaligned_desc(base.as_ptr().add(DESC * index)) };
-            if desc.third & flag::INDIRECT != 0 {
-                return Err(Lie::Indirect);
-            }
-            chain.add(desc.addr, desc.len, desc.third)?;
-            if desc.third & flag::NEXT == 0 {
-                return Ok(());
-            }
-            index = usize::from(desc.fourth);
-            if index >= count {
-                return Err(Lie::Indirect);
-            }
+            desc = unsafe { table.read(desc.fourth & (table.size - 1)) };
         }
         Err(Lie::Loop)
     }
@@ -312,7 +247,7 @@ impl SplitRing {
             let event = self
                 .avail_u16(4 + 2 * usize::from(self.size))
                 .load(Ordering::Relaxed);
-            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+            passed(event, new, new.wrapping_sub(old))
         } else {
             self.avail_u16(0).load(Ordering::Relaxed) & NO_NOTIFY == 0
         }
@@ -345,16 +280,24 @@ impl SplitRing {
     }
 }
 
-/// Reads a descriptor that may lie at any address.
-///
-/// # Safety
-/// 16 bytes at `at` are mapped.
-unsafe fn read_unaligned_desc(at: *const u8) -> Desc {
-    #[derive(Clone, Copy)]
-    #[repr(C, packed)]
-    struct Words(u64, u64);
-    // SAFETY: the caller's promise; volatile: read exactly once.
-    let words = unsafe { ptr::read_volatile(at.cast::<Words>()) };
-    // SAFETY: an aligned private copy.
-    unsafe { Desc::read([words.0, words.1].as_ptr()) }
+/// An indirect table ends its chain, is not nested, and its `next` stay inside it (§2.7.5.3.1).
+fn walk_indirect(chain: &mut Chain<'_>, table: &Desc) -> Result<(), Lie> {
+    let (first, count) = chain.table(table.addr, table.len)?;
+    let mut index = 0;
+    for _ in 0..count {
+        // SAFETY: `index < count`, and `table` found count·16 bytes mapped at `first`.
+        let desc = unsafe { Desc::read_anywhere(first.add(16 * index)) };
+        if desc.third & flag::INDIRECT != 0 {
+            return Err(Lie::Indirect);
+        }
+        chain.add(desc.addr, desc.len, desc.third)?;
+        if desc.third & flag::NEXT == 0 {
+            return Ok(());
+        }
+        index = usize::from(desc.fourth);
+        if index >= count {
+            return Err(Lie::Indirect);
+        }
+    }
+    Err(Lie::Loop)
 }

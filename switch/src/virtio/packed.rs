@@ -1,0 +1,350 @@
+//! The packed virtqueue, device side (virtio 1.2 §2.8).
+//!
+//! Layout, all little-endian: one ring of descriptors, 16 bytes each: u64 address, u32 length, u16 buffer id, u16 flags.
+//! The driver makes descriptors available in ring order, the device writes used ones over them. A wrap counter, flipped
+//! at each lap, tells new flags from old ones, so a ring of any size works. Event suppression areas: u16 offset and wrap,
+//! u16 flags; the driver's in place of the available ring, the device's in place of the used ring.
+//!
+//! Buffers are completed in the order they were made available: the place of the next one to fetch is also the place of
+//! the next one to use. A buffer id is echoed and means nothing here.
+#![allow(unsafe_code)] // pointers into a guest's memory, checked once in `new`
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+
+use super::guest_mem::{GuestMem, Hit};
+use super::ring::{
+    BATCH, BadSetup, BatchFull, Buffer, Buffers, Chain, Desc, Lie, RingSetup, Table, Way, feature,
+    flag, one_piece, passed,
+};
+
+/// Largest ring: a place must fit into 15 bits (virtio 1.2 §2.8.10.1).
+const SIZE_MAX: u16 = 32768;
+
+/// Flags of an event suppression area (§2.8.10), in the upper half of its word.
+pub(super) mod event {
+    /// Tell me of every buffer.
+    pub(in super::super) const ENABLE: u32 = 0;
+    /// Tell me of none.
+    pub(in super::super) const DISABLE: u32 = 1 << 16;
+    /// Tell me when this place is passed.
+    pub(in super::super) const AT: u32 = 2 << 16;
+}
+
+/// A place in the ring with the wrap counter of its lap.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Place {
+    pub(super) index: u16,
+    pub(super) wrap: bool,
+}
+
+impl Place {
+    /// From bits 0 to 14 index, bit 15 wrap counter.
+    #[inline]
+    pub(super) fn of(word: u16) -> Place {
+        Place {
+            index: word & 0x7fff,
+            wrap: word & 0x8000 != 0,
+        }
+    }
+
+    /// The reverse of `of`.
+    #[inline]
+    pub(super) fn word(self) -> u16 {
+        self.index | u16::from(self.wrap) << 15
+    }
+
+    /// `by` descriptors further, at most one lap.
+    #[inline]
+    pub(super) fn ahead(self, by: u16, size: u16) -> Place {
+        let index = u32::from(self.index) + u32::from(by);
+        match index.checked_sub(u32::from(size)) {
+            Some(index) => Place {
+                index: index as u16,
+                wrap: !self.wrap,
+            },
+            None => Place {
+                index: index as u16,
+                wrap: self.wrap,
+            },
+        }
+    }
+
+    /// The two flags of an available descriptor here.
+    #[inline]
+    pub(super) fn available(self) -> u16 {
+        if self.wrap { flag::AVAIL } else { flag::USED }
+    }
+
+    /// The two flags of a used descriptor here.
+    #[inline]
+    pub(super) fn used(self) -> u16 {
+        if self.wrap {
+            flag::AVAIL | flag::USED
+        } else {
+            0
+        }
+    }
+}
+
+/// Does the other side want to be told, after `since` descriptors (at most `size`) up to `new`, says its event area?
+#[inline]
+pub(super) fn told(area: u32, event_idx: bool, new: Place, since: u16, size: u16) -> bool {
+    match area & 0x3_0000 {
+        event::DISABLE => false,
+        event::AT if event_idx => {
+            let at = Place::of(area as u16);
+            let lap = if at.wrap == new.wrap { 0 } else { size };
+            passed(at.index.wrapping_sub(lap), new.index, since)
+        }
+        _ => true,
+    }
+}
+
+/// A packed ring, used by one thread at a time.
+pub struct PackedRing {
+    pub(super) mem: Arc<GuestMem>,
+    table: Table,
+    /// What the driver wants to be told.
+    driver: *const AtomicU32,
+    /// What we want to be told.
+    device: *const AtomicU32,
+    way: Way,
+    in_order: bool,
+    event_idx: bool,
+    indirect: bool,
+    /// Next buffer to fetch and to use.
+    next: Place,
+    /// Descriptors used since `call_wanted` was last asked; at most a lap.
+    since: u16,
+    hit: Hit,
+    /// Ids of the fetched buffers.
+    ids: [u16; BATCH],
+    /// Descriptors each of them takes in the ring.
+    slots: [u16; BATCH],
+}
+
+// SAFETY: the pointers go into memory that `mem` keeps mapped; the ring is used by one thread at a time (`&mut self`).
+unsafe impl Send for PackedRing {}
+
+impl PackedRing {
+    /// Checks the setup and takes the ring.
+    pub(super) fn new(setup: RingSetup) -> Result<PackedRing, BadSetup> {
+        let (size, next) = (setup.size, Place::of(setup.base as u16));
+        if size == 0 || size > SIZE_MAX {
+            return Err(BadSetup::Size(size));
+        }
+        // The upper half, the place to use next, is what frontends forget to set: nothing is in flight, so it is the same.
+        if next.index >= size {
+            return Err(BadSetup::Base(setup.base));
+        }
+        let first = setup.part(setup.desc, 16 * u64::from(size), 16)?;
+        let mut ring = PackedRing {
+            table: Table::new(first, size),
+            driver: setup.part(setup.avail, 4, 4)?.cast(),
+            device: setup.part(setup.used, 4, 4)?.cast(),
+            way: setup.way,
+            in_order: setup.has(feature::IN_ORDER),
+            event_idx: setup.has(feature::EVENT_IDX),
+            indirect: setup.has(feature::INDIRECT_DESC),
+            next,
+            since: 0,
+            hit: Hit::default(),
+            ids: [0; BATCH],
+            slots: [0; BATCH],
+            mem: setup.mem,
+        };
+        ring.disarm();
+        Ok(ring)
+    }
+
+    /// The flags of the descriptor at `place`.
+    #[inline]
+    fn flags(&self, place: Place) -> &AtomicU16 {
+        // SAFETY: every place is made by `new` or `ahead`, so `index < size`; a descriptor's flags are its last two bytes.
+        unsafe { &*self.table.at(place.index).add(14).cast::<AtomicU16>() }
+    }
+
+    /// The event areas: the driver's, ours.
+    fn areas(&self) -> (&AtomicU32, &AtomicU32) {
+        // SAFETY: `new` found four mapped bytes, 4-aligned, at each. An atomic may be changed by others at any time.
+        unsafe { (&*self.driver, &*self.device) }
+    }
+
+    /// See [`super::ring::Ring::fetch`].
+    #[inline]
+    pub(super) fn fetch(&mut self, buffers: &mut Buffers, most: usize) -> Result<usize, Lie> {
+        let size = self.table.size;
+        let plain = match self.way {
+            Way::ToGuest => flag::WRITE,
+            Way::FromGuest => 0,
+        };
+        buffers.begin();
+        let (mut place, mut left) = (self.next, size);
+        // A lap at most: no descriptor is fetched twice. Nothing beyond an available descriptor is prefetched: that would
+        // steal the line the driver is writing (168 instead of 102 cycles a frame).
+        for index in 0..most.min(BATCH).min(usize::from(size)) {
+            // Acquire: pairs with the driver's Release store of the flags (§2.8.16): the descriptor, and all of its chain, is written.
+            let flags = self.flags(place).load(Ordering::Acquire);
+            // SAFETY: as in `flags`.
+            let desc = unsafe { self.table.read(place.index) };
+            let slots = if flags == place.available() | plain {
+                buffers.list[index] = one_piece(&self.mem, &mut self.hit, self.way, &desc);
+                self.ids[index] = desc.third;
+                1
+            } else if flags & (flag::AVAIL | flag::USED) != place.available()
+                || buffers.walked_enough()
+            {
+                return Ok(index);
+            } else {
+                let first = (place, flags, desc);
+                let (buffer, slots, id) = self.chain(buffers, first, left)?;
+                let Ok(buffer) = buffer else {
+                    return Ok(index);
+                };
+                buffers.list[index] = buffer;
+                self.ids[index] = id;
+                slots
+            };
+            self.slots[index] = slots;
+            place = place.ahead(slots, size);
+            left -= slots;
+            if left == 0 {
+                return Ok(index + 1);
+            }
+        }
+        Ok(most.min(BATCH).min(usize::from(size)))
+    }
+
+    /// Walks a chain (§2.8.6), at most `left` descriptors. Returns the buffer, the slots it takes and its id.
+    #[cold]
+    #[expect(clippy::type_complexity, reason = "one caller")]
+    fn chain(
+        &mut self,
+        buffers: &mut Buffers,
+        (mut place, mut flags, mut desc): (Place, u16, Desc),
+        left: u16,
+    ) -> Result<(Result<Buffer, BatchFull>, u16, u16), Lie> {
+        let (table, indirect) = (self.table, self.indirect);
+        let mut chain = Chain::new(buffers, &self.mem, &mut self.hit, self.way);
+        for slots in 1..=left {
+            if flags & flag::INDIRECT != 0 {
+                // Only alone: a chain may not go on to a table here, nor from one (§2.8.19).
+                if !indirect || flags & flag::NEXT != 0 || slots != 1 {
+                    return Err(Lie::Indirect);
+                }
+                walk_indirect(&mut chain, &desc, self.way)?;
+                return Ok((chain.end(), slots, desc.third));
+            }
+            chain.add(desc.addr, desc.len, flags)?;
+            if flags & flag::NEXT == 0 {
+                return Ok((chain.end(), slots, desc.third));
+            }
+            place = place.ahead(1, table.size);
+            // SAFETY: `ahead` keeps `index < size`.
+            desc = unsafe { table.read(place.index) };
+            // What follows the first descriptor was written before it (§2.8.21): its flags need no order of their own.
+            flags = desc.fourth;
+        }
+        Err(Lie::Loop)
+    }
+
+    /// See [`super::ring::Ring::complete`].
+    #[inline]
+    pub(super) fn complete(&mut self, count: usize, written: &[u32]) {
+        debug_assert!(count <= BATCH);
+        let count = count.min(BATCH);
+        if count == 0 {
+            return;
+        }
+        let (size, first) = (self.table.size, self.next);
+        let len = |index: usize| written.get(index).copied().unwrap_or(0);
+        let mut place = first.ahead(self.slots[0], size);
+        let mut used = self.slots[0];
+        let batch = self.in_order && self.way == Way::FromGuest;
+        for index in 1..count {
+            if !batch {
+                self.put_used(place, self.ids[index], len(index), Ordering::Relaxed);
+            }
+            place = place.ahead(self.slots[index], size);
+            used = used.saturating_add(self.slots[index]);
+        }
+        // The first one last: its flags show the whole batch at once. With IN_ORDER its element stands for the batch and
+        // has the last buffer's id (§2.8.9). Release: pairs with the driver's Acquire load of the flags.
+        if batch {
+            self.put_used(first, self.ids[count - 1], 0, Ordering::Release);
+        } else {
+            self.put_used(first, self.ids[0], len(0), Ordering::Release);
+        }
+        self.next = place;
+        self.since = self.since.saturating_add(used).min(size);
+    }
+
+    /// Writes length, id and flags of a used descriptor as one word: nobody sees the flags without the rest.
+    #[inline]
+    fn put_used(&self, place: Place, id: u16, len: u32, order: Ordering) {
+        // The length counts only if the device says that it wrote (§2.8.8).
+        let wrote = if len == 0 { 0 } else { flag::WRITE };
+        let word = u64::from(len) | u64::from(id) << 32 | u64::from(place.used() | wrote) << 48;
+        // SAFETY: as in `flags`; the second half of a descriptor is 8-aligned.
+        unsafe { &*self.table.at(place.index).add(8).cast::<AtomicU64>() }.store(word, order);
+    }
+
+    /// See [`super::ring::Ring::call_wanted`].
+    #[inline]
+    pub(super) fn call_wanted(&mut self) -> bool {
+        let since = std::mem::take(&mut self.since);
+        if since == 0 {
+            return false;
+        }
+        // SeqCst: orders our used flags before the load of what the driver wants; pairs with the driver's fence between
+        // storing that and looking at the flags again (§2.8.21.3.1).
+        fence(Ordering::SeqCst);
+        let area = self.areas().0.load(Ordering::Relaxed);
+        told(area, self.event_idx, self.next, since, self.table.size)
+    }
+
+    /// See [`super::ring::Ring::arm`].
+    pub(super) fn arm(&mut self) -> bool {
+        let wish = if self.event_idx {
+            event::AT | u32::from(self.next.word())
+        } else {
+            event::ENABLE
+        };
+        self.areas().1.store(wish, Ordering::Relaxed);
+        // SeqCst: orders the wish before the last look; pairs with the driver's fence between flags and reading the wish.
+        fence(Ordering::SeqCst);
+        let flags = self.flags(self.next).load(Ordering::Relaxed);
+        flags & (flag::AVAIL | flag::USED) == self.next.available()
+    }
+
+    /// See [`super::ring::Ring::disarm`].
+    pub(super) fn disarm(&mut self) {
+        self.areas().1.store(event::DISABLE, Ordering::Relaxed);
+    }
+
+    /// See [`super::ring::Ring::base`]: the same place in both halves.
+    pub(super) fn base(&self) -> u32 {
+        u32::from(self.next.word()) * 0x1_0001
+    }
+}
+
+/// An indirect table is as long as its length says: its descriptors need no NEXT, and of their flags only WRITE means
+/// something (§2.8.7). DPDK leaves WRITE set on what is to be read, and NEXT from other frames: only a receive ring's
+/// flags can be believed.
+fn walk_indirect(chain: &mut Chain<'_>, table: &Desc, way: Way) -> Result<(), Lie> {
+    let (first, count) = chain.table(table.addr, table.len)?;
+    for index in 0..count {
+        // SAFETY: `index < count`, and `table` found count·16 bytes mapped at `first`.
+        let desc = unsafe { Desc::read_anywhere(first.add(16 * index)) };
+        if desc.fourth & flag::INDIRECT != 0 {
+            return Err(Lie::Indirect);
+        }
+        let flags = match way {
+            Way::FromGuest => 0,
+            Way::ToGuest => desc.fourth,
+        };
+        chain.add(desc.addr, desc.len, flags)?;
+    }
+    Ok(())
+}
