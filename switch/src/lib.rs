@@ -2,4 +2,5 @@
 
 pub mod control;
 pub mod dataplane;
+pub mod port;
 pub mod virtio;

@@ -25,6 +25,13 @@ pub enum Action {
     SetIdle(Idle),
 }
 
+impl Action {
+    /// True if a port of the new configuration is touched by it.
+    pub fn adds_a_port(&self) -> bool {
+        matches!(self, Action::AddPort(_) | Action::ReplacePort(_))
+    }
+}
+
 impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

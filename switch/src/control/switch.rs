@@ -12,10 +12,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use super::api::Refusal;
 use super::config::Config;
 use super::cpu;
 use super::plan::{self, Action};
 use super::port_handle::{PortHandle, Rings, SessionReport};
+use super::spec::check_beside;
 use super::state::{
     self, Counters, PortSpec, PortState, PortStatus, QueueStatus, StatsReport, WorkerStatus,
 };
@@ -26,7 +28,7 @@ use crate::dataplane::fdb::{Fdb, FdbSettings, Flush};
 use crate::dataplane::mailbox::{self, Mailbox, QueueId};
 use crate::dataplane::port_set::{Domain, Exit, PORTS_MAX, PortId, Topology};
 use crate::dataplane::queue::TxQueue;
-use crate::dataplane::worker::{Idle, RxSlot, Shared, Worker};
+use crate::dataplane::worker::{Idle, RxSlot, Shared, Source, Worker};
 use crate::port::doze::Bed;
 use crate::port::shared;
 use crate::port::vhost::{FromGuest, ToGuest};
@@ -41,11 +43,15 @@ const IDLE_AFTER: Duration = Duration::from_millis(1);
 ///
 /// Threads: any control thread may call any method.
 pub struct Switch {
+    /// This very switch, for the handles of its ports.
+    me: Weak<Switch>,
     shared: Arc<Shared>,
     workers: Vec<WorkerHandle>,
     /// One change at a time, from the decision to its end.
     change: Mutex<Config>,
     state: Mutex<State>,
+    /// Stations the forwarding database can hold.
+    pub(super) fdb_capacity: u64,
     started: (Instant, u64),
     watch: Mutex<Option<JoinHandle<()>>>,
 }
@@ -113,7 +119,9 @@ impl Switch {
             .map(|(number, cpu)| spawn_worker(number, *cpu, &shared, config.idle))
             .collect::<Result<Vec<_>>>()?;
         let ports = config.ports.clone();
-        let switch = Arc::new(Switch {
+        let fdb_capacity = u64::from(config.fdb.capacity);
+        let switch = Arc::new_cyclic(|me| Switch {
+            me: me.clone(),
             shared,
             workers,
             state: Mutex::new(State {
@@ -124,6 +132,7 @@ impl Switch {
                 ports: Vec::new(),
                 ..config
             }),
+            fdb_capacity,
             started: (Instant::now(), tsc()),
             watch: Mutex::new(None),
         });
@@ -131,25 +140,24 @@ impl Switch {
         for spec in ports {
             if let Err(error) = switch.add_port(spec) {
                 switch.stop();
-                return Err(error);
+                return Err(error.into());
             }
         }
         Ok(switch)
     }
 
     /// Adds a port and starts to serve it.
-    pub fn add_port(self: &Arc<Self>, spec: PortSpec) -> Result<()> {
+    pub fn add_port(&self, spec: PortSpec) -> Result<(), Refusal> {
         let mut config = lock(&self.change);
-        let mut wanted = config.clone();
-        wanted.ports.push(spec.clone());
-        wanted.check()?;
+        let cpus: Vec<usize> = self.workers.iter().map(|worker| worker.cpu).collect();
+        check_beside(&spec, &config.ports, Some(&cpus)).map_err(|error| Refusal::Conflict(error.0))?;
         self.start_port(&spec)?;
-        *config = wanted;
+        config.ports.push(spec);
         Ok(())
     }
 
     /// Ends a port: its guest is disconnected, its socket removed, its stations forgotten.
-    pub fn del_port(&self, name: &str) -> Result<()> {
+    pub fn del_port(&self, name: &str) -> Result<(), Refusal> {
         let mut config = lock(&self.change);
         self.end_port(name)?;
         config.ports.retain(|port| port.name != name);
@@ -158,18 +166,19 @@ impl Switch {
 
     /// Changes what runs into what `new` says; ports that are the same in both lose no frame. Refused as a whole if any
     /// part of it cannot be done while the switch runs.
-    pub fn apply(self: &Arc<Self>, new: &Config) -> Result<Vec<Action>> {
+    pub fn apply(&self, new: &Config) -> Result<Vec<Action>, Refusal> {
         let mut config = lock(&self.change);
         let actions = plan::plan(&config, new)?;
         for action in &actions {
-            self.act(action)
-                .with_context(|| format!("could not {action}; what came before it was done"))?;
+            self.act(action).map_err(|error| {
+                Refusal::Failed(format!("could not {action}: {error}; what stands before it in the plan was done"))
+            })?;
             plan::apply(&mut config, action);
         }
         Ok(actions)
     }
 
-    fn act(self: &Arc<Self>, action: &Action) -> Result<()> {
+    fn act(&self, action: &Action) -> Result<(), Refusal> {
         match action {
             Action::DelPort(name) => self.end_port(name)?,
             Action::ReplacePort(spec) => {
@@ -178,21 +187,21 @@ impl Switch {
             }
             Action::AddPort(spec) => self.start_port(spec)?,
             Action::SetFdbAge(age) => lock(&self.state).age = *age,
-            Action::SetFdbReserved(stations) => self.shared.fdb.set_reserved(*stations),
+            Action::SetFdbReserved(_) => {},
             Action::SetIdle(idle) => {
                 for worker in &self.workers {
-                    worker.mailbox.idle(when_idle(*idle))?;
+                    worker.mailbox.idle(when_idle(*idle)).map_err(failed)?;
                 }
             }
         }
         Ok(())
     }
 
-    fn start_port(self: &Arc<Self>, spec: &PortSpec) -> Result<()> {
+    fn start_port(&self, spec: &PortSpec) -> Result<(), Refusal> {
         let id = lock(&self.state).enter(spec, &self.workers)?;
         let generation = lock(&self.state).port(id).map_or(0, |port| port.generation);
         let handle = Arc::new(Handle {
-            switch: Arc::downgrade(self),
+            switch: self.me.clone(),
             id,
             generation,
         });
@@ -205,12 +214,12 @@ impl Switch {
             }
             Err(error) => {
                 lock(&self.state).leave(id);
-                Err(error.into())
+                Err(Refusal::Conflict(error.to_string()))
             }
         }
     }
 
-    fn end_port(&self, name: &str) -> Result<()> {
+    fn end_port(&self, name: &str) -> Result<(), Refusal> {
         let (id, session) = {
             let mut state = lock(&self.state);
             let port = state.by_name(name)?;
@@ -227,29 +236,26 @@ impl Switch {
     }
 
     /// Gives a queue pair to another worker.
-    pub fn move_queue(&self, name: &str, pair: u16, cpu: usize) -> Result<()> {
+    pub fn move_queue(&self, name: &str, pair: u16, cpu: usize) -> Result<(), Refusal> {
         let Some(worker) = self.workers.iter().position(|worker| worker.cpu == cpu) else {
             let cpus: Vec<String> = self
                 .workers
                 .iter()
                 .map(|worker| worker.cpu.to_string())
                 .collect();
-            bail!(
-                "no worker runs on CPU {cpu}: choose one of {}",
-                cpus.join(", ")
-            );
+            return Err(Refusal::Invalid(format!("no worker runs on CPU {cpu}: choose one of {}", cpus.join(", "))));
         };
         let mut state = lock(&self.state);
         let port = state.by_name(name)?;
         let (id, queues) = (port.id, port.pairs.len());
         let Some(entry) = port.pairs.get_mut(usize::from(pair)) else {
-            bail!("port {name:?} has no queue pair {pair}: it has {queues}, from 0");
+            return Err(Refusal::NotFound(format!("port {name:?} has no queue pair {pair}: it has {queues}, from 0")));
         };
         let queue = QueueId { port: id, pair };
         if entry.polled
-            && let Some(slot) = self.workers[entry.worker].mailbox.detach(queue)?
+            && let Some(slot) = self.workers[entry.worker].mailbox.detach(queue).map_err(failed)?
         {
-            self.workers[worker].mailbox.attach(slot)?;
+            self.workers[worker].mailbox.attach(slot).map_err(failed)?;
         }
         entry.worker = worker;
         Ok(())
@@ -327,7 +333,7 @@ impl Switch {
     }
 
     /// One port.
-    pub fn port(&self, name: &str) -> Result<PortStatus> {
+    pub fn port(&self, name: &str) -> Result<PortStatus, Refusal> {
         let mut state = lock(&self.state);
         Ok(self.status(state.by_name(name)?))
     }
@@ -384,7 +390,6 @@ impl Switch {
             .collect();
         let mut total = state.departed.clone();
         ports.values().for_each(|port| total += port);
-        let fdb = &self.shared.fdb;
         StatsReport {
             uptime_seconds: elapsed,
             tsc_hz: (tsc().wrapping_sub(self.started.1) as f64 / elapsed) as u64,
@@ -394,12 +399,7 @@ impl Switch {
             workers: (0..self.workers.len())
                 .map(|number| self.worker(&state, number))
                 .collect(),
-            fdb: state::FdbUse {
-                capacity: fdb.capacity() as u64,
-                used: fdb.len() as u64,
-                fixed: fdb.stats().fixed,
-                age: state.age,
-            },
+            fdb: self.fdb_use(state.age),
         }
     }
 
@@ -461,13 +461,13 @@ impl Switch {
             };
             entry.polled = true;
             port.poison = Some(queue.poison().clone());
-            let slot = RxSlot {
+            let source = Source {
                 id: QueueId { port: id, pair },
                 domain: port.domain,
                 generation: port.generation,
-                queue: Box::new(queue),
                 counters: entry.rx.clone(),
             };
+            let slot = RxSlot { source, queue: Box::new(queue) };
             slots.push((entry.worker, Box::new(slot)));
         }
         for (pair, queue) in rings.to_guest {
@@ -627,44 +627,24 @@ impl State {
         self.ports.get_mut(usize::from(id.0))?.as_mut()
     }
 
-    fn by_name(&mut self, name: &str) -> Result<&mut Port> {
-        let known: Vec<String> = self
-            .ports
-            .iter()
-            .flatten()
-            .map(|port| port.spec.name.clone())
-            .collect();
-        match self
-            .ports
-            .iter_mut()
-            .flatten()
-            .find(|port| port.spec.name == name)
-        {
-            Some(port) => Ok(port),
-            None if known.is_empty() => bail!("there is no port {name:?}: the switch has no ports"),
-            None if known.len() > 16 => bail!(
-                "there is no port {name:?}: `ringway port list` shows all {}",
-                known.len()
-            ),
-            None => bail!(
-                "there is no port {name:?}: the ports are {}",
-                known.join(", ")
-            ),
+    fn by_name(&mut self, name: &str) -> Result<&mut Port, Refusal> {
+        let known: Vec<&str> = self.ports.iter().flatten().map(|port| port.spec.name.as_str()).collect();
+        if !known.contains(&name) {
+            return Err(Refusal::no_port(name, &known));
         }
+        let port = self.ports.iter_mut().flatten().find(|port| port.spec.name == name);
+        port.ok_or_else(|| Refusal::NotFound(format!("there is no port {name:?}")))
     }
 
     /// Takes a number for a new port.
-    fn enter(&mut self, spec: &PortSpec, workers: &[WorkerHandle]) -> Result<PortId> {
+    fn enter(&mut self, spec: &PortSpec, workers: &[WorkerHandle]) -> Result<PortId, Refusal> {
         let number = self
             .ports
             .iter()
             .position(Option::is_none)
             .unwrap_or(self.ports.len());
         if number == PORTS_MAX {
-            bail!(
-                "port {:?}: the switch has its {PORTS_MAX} ports: delete one first",
-                spec.name
-            );
+            return Err(Refusal::Conflict(format!("port {:?}: the switch has its {PORTS_MAX} ports: delete one first", spec.name)));
         }
         if number == self.ports.len() {
             self.ports.push(None);
@@ -823,6 +803,10 @@ fn spawn_watch(switch: &Arc<Switch>) -> Result<JoinHandle<()>> {
     Ok(std::thread::Builder::new()
         .name("watch".into())
         .spawn(watch)?)
+}
+
+fn failed(error: impl std::fmt::Display) -> Refusal {
+    Refusal::Failed(error.to_string())
 }
 
 /// A control thread that panicked has changed nothing half: every change below a lock is a plain assignment.

@@ -91,13 +91,13 @@ impl QueueCounters {
 
     /// Counts `frames` frames dropped for `reason`.
     #[inline]
-    pub fn drop(&self, reason: Reason, frames: u64) {
+    pub fn count_drop(&self, reason: Reason, frames: u64) {
         bump(&self.drops[reason as usize], frames);
     }
 
     /// Counts drops where several workers may do so at once (nobody holds the queue).
     #[cold]
-    pub fn drop_shared(&self, reason: Reason, frames: u64) {
+    pub fn count_drop_shared(&self, reason: Reason, frames: u64) {
         self.drops[reason as usize].fetch_add(frames, Relaxed);
     }
 
@@ -163,7 +163,7 @@ mod tests {
         for (index, reason) in Reason::ALL.iter().enumerate() {
             assert_eq!(*reason as usize, index);
             assert!(names.insert(reason.name()), "{} twice", reason.name());
-            counters.drop(*reason, index as u64 + 1);
+            counters.count_drop(*reason, index as u64 + 1);
             assert_eq!(counters.dropped(*reason), index as u64 + 1);
         }
     }

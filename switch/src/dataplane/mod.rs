@@ -3,8 +3,9 @@
 pub mod clock;
 pub mod counters;
 pub mod eth;
+pub mod fdb;
 pub mod frame;
-// pub mod mailbox;
+pub mod mailbox;
 pub mod port_set;
 pub mod queue;
-// pub mod worker;
+pub mod worker;

@@ -29,15 +29,21 @@ pub const FLOOD_BUDGET: usize = 4096;
 
 /// One receive queue with what a worker must know of its port. Moved between control and workers in a `Box`.
 pub struct RxSlot {
+    /// Whose frames these are.
+    pub source: Source,
+    /// The queue.
+    pub queue: Box<dyn RxQueue>,
+}
+
+/// The port a queue belongs to.
+pub struct Source {
     /// Which queue of which port.
     pub id: QueueId,
     /// The port's broadcast domain.
     pub domain: Domain,
     /// The port number's present owner; see [`super::port_set::Exit`].
     pub generation: u16,
-    /// The queue.
-    pub queue: Box<dyn RxQueue>,
-    /// Its counters, shared with control.
+    /// The queue's counters, shared with control.
     pub counters: Arc<QueueCounters>,
 }
 
@@ -219,10 +225,10 @@ impl Worker {
         let Some(entry) = self.schedule.slots[usize::from(index)].as_mut() else {
             return 0;
         };
-        let rx = &mut *entry.slot;
+        let RxSlot { source: rx, queue } = &mut *entry.slot;
 
         // 1. Lend.
-        let burst = rx.queue.lend(&mut self.slots);
+        let burst = queue.lend(&mut self.slots);
         if burst.count() == 0 {
             return 0;
         }
@@ -252,7 +258,7 @@ impl Worker {
         let bytes = (0..done).map(|i| u64::from(burst.frame_len(i))).sum();
 
         // 4. Give back.
-        rx.queue.give_back(done);
+        queue.give_back(done);
         rx.counters.count(done as u64, bytes);
         self.counters.received.count(done as u64, bytes);
         WorkerCounters::add(&self.counters.bursts, 1);
@@ -319,7 +325,7 @@ struct Way<'a> {
 impl Way<'_> {
     /// Gives every frame its verdict; returns which frames are flooded.
     #[inline]
-    fn decide(&self, burst: &Burst<'_>, rx: &RxSlot, verdicts: &mut [Verdict; BURST_MAX]) -> u64 {
+    fn decide(&self, burst: &Burst<'_>, rx: &Source, verdicts: &mut [Verdict; BURST_MAX]) -> u64 {
         let heads = burst.heads();
         let fdb = &self.shared.fdb;
         let now = self.shared.seconds.load(Relaxed);
@@ -352,7 +358,7 @@ impl Way<'_> {
 
     /// Learns the source, finds the destination (IEEE 802.1Q §8.6, §8.7).
     #[inline]
-    fn look_up(&self, head: &Head, rx: &RxSlot, now: u32) -> Verdict {
+    fn look_up(&self, head: &Head, rx: &Source, now: u32) -> Verdict {
         let fdb = &self.shared.fdb;
         let (to, from) = (eth::destination(head), eth::source(head));
         if from.is_multicast() || from.is_zero() {
@@ -387,7 +393,7 @@ impl Way<'_> {
     fn send(
         &self,
         burst: &Burst<'_>,
-        rx: &RxSlot,
+        rx: &Source,
         mut picks: u64,
         verdicts: &[Verdict; BURST_MAX],
     ) {
@@ -409,7 +415,7 @@ impl Way<'_> {
 
     /// Sends the frames in `floods` to every other port of the domain.
     #[cold]
-    fn flood(&self, burst: &Burst<'_>, rx: &RxSlot, floods: u64, targets: &[PortId]) {
+    fn flood(&self, burst: &Burst<'_>, rx: &Source, floods: u64, targets: &[PortId]) {
         let mut copies = 0;
         for port in targets.iter().filter(|port| **port != rx.id.port) {
             self.exit_to(burst, *port, floods);
@@ -426,11 +432,11 @@ impl Way<'_> {
     }
 
     #[cold]
-    fn drop(&self, rx: &RxSlot, verdict: Verdict, picks: u64) {
+    fn drop(&self, rx: &Source, verdict: Verdict, picks: u64) {
         let frames = u64::from(picks.count_ones());
         if let Some(reason) = Reason::ALL.get((verdict & !DROP) as usize) {
-            rx.counters.drop(*reason, frames);
-            self.counters.received.drop(*reason, frames);
+            rx.counters.count_drop(*reason, frames);
+            self.counters.received.count_drop(*reason, frames);
         }
     }
 
@@ -447,12 +453,12 @@ impl Way<'_> {
             if outcome.small > 0 {
                 self.counters
                     .received
-                    .drop(Reason::TxBufferSmall, u64::from(outcome.small));
+                    .count_drop(Reason::TxBufferSmall, u64::from(outcome.small));
             }
             if outcome.left > 0 {
                 self.counters
                     .received
-                    .drop(outcome.reason, u64::from(outcome.left));
+                    .count_drop(outcome.reason, u64::from(outcome.left));
             }
         }
     }
@@ -491,7 +497,7 @@ impl Schedule {
         let index = self
             .slots
             .iter()
-            .position(|slot| slot.as_ref().is_some_and(|e| e.slot.id == id))?;
+            .position(|slot| slot.as_ref().is_some_and(|e| e.slot.source.id == id))?;
         let number = index as u16;
         if let Some(at) = self.active.iter().position(|i| *i == number) {
             self.active.swap_remove(at);

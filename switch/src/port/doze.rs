@@ -4,6 +4,7 @@
 //! the worker once per sleep at most.
 #![allow(unsafe_code)]
 
+use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,7 +19,6 @@ use crate::dataplane::worker::Doze;
 pub struct Bed {
     epoll: OwnedFd,
     bell: Arc<Bell>,
-    events: Vec<epoll::Event>,
 }
 
 /// Wakes the worker that sleeps in a [`Bed`].
@@ -42,7 +42,6 @@ impl Bed {
             Bed {
                 epoll,
                 bell: bell.clone(),
-                events: Vec::with_capacity(16),
             },
             bell,
         ))
@@ -86,12 +85,8 @@ impl Doze for Bed {
             tv_sec: most.as_secs() as i64,
             tv_nsec: i64::from(most.subsec_nanos()),
         };
-        self.events.clear();
-        let _ = epoll::wait(
-            &self.epoll,
-            rustix::buffer::spare_capacity(&mut self.events),
-            Some(&timeout),
-        );
+        let mut events = [const { MaybeUninit::uninit() }; 4];
+        let _ = epoll::wait(&self.epoll, &mut events, Some(&timeout));
         let _ = rustix::io::read(&self.bell.0, &mut [0u8; 8]);
     }
 }

@@ -83,10 +83,10 @@ impl<S: Sender> Shared<S> {
         let (counters, left) = (&self.counters, picked - sent.frames - sent.small);
         counters.count(u64::from(sent.frames), sent.bytes);
         if sent.small > 0 {
-            counters.drop(Reason::TxBufferSmall, u64::from(sent.small));
+            counters.count_drop(Reason::TxBufferSmall, u64::from(sent.small));
         }
         if left > 0 {
-            counters.drop(sent.reason, u64::from(left));
+            counters.count_drop(sent.reason, u64::from(left));
         }
         Outcome {
             sent: sent.frames,
@@ -103,7 +103,7 @@ impl<S: Sender> TxQueue for Shared<S> {
         let picked = picks.count_ones();
         if !self.take() {
             self.counters
-                .drop_shared(Reason::TxContended, u64::from(picked));
+                .count_drop_shared(Reason::TxContended, u64::from(picked));
             return Outcome {
                 sent: 0,
                 small: 0,

@@ -13,7 +13,7 @@ use super::shared::{Sender, Sent};
 use crate::dataplane::counters::Reason;
 use crate::dataplane::frame::{BURST_MAX, Burst, SEGMENTS_MAX, Segment, Slots};
 use crate::dataplane::queue::RxQueue;
-use crate::virtio::guest_mem::Poison;
+use crate::virtio::guest_fault::Poison;
 use crate::virtio::ring::{BATCH, Buffer, Buffers, Fault, Lie, NET_HEADER, Piece, Ring};
 
 const _: () = assert!(BURST_MAX <= BATCH);
@@ -74,6 +74,11 @@ impl FromGuest {
             kick,
             frame_max,
         }
+    }
+
+    /// The flag that this attachment is broken.
+    pub fn poison(&self) -> &Arc<Poison> {
+        &self.side.poison
     }
 
     /// The rule the guest broke in this ring, if it did.
@@ -220,6 +225,11 @@ impl ToGuest {
             mergeable,
             written: [0; BATCH],
         }
+    }
+
+    /// The flag that this attachment is broken.
+    pub fn poison(&self) -> &Arc<Poison> {
+        &self.side.poison
     }
 
     /// The rule the guest broke in this ring, if it did.

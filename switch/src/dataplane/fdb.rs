@@ -1,0 +1,509 @@
+//! Forwarding database: behind which port each station (domain and MAC address) was heard last.
+//!
+//! One table per switch. Workers look up and learn without locks; control adds static stations, removes, flushes and ages.
+//!
+//! **Form.** A station may live in one of two buckets, chosen by a hash that is keyed anew at each start; a bucket is a cache
+//! line with four stations ([`bucket`]). It goes home (into its first bucket) if it can: the second is asked only if the first
+//! says that some station of its own lives elsewhere. A station that finds both full pushes one neighbour into that one's
+//! second bucket. Every search ends after two buckets, every learning after 18, whatever the MACs are.
+//!
+//! **Who makes place for whom**, argued from the attack "one port sends 10^7 random source MACs per second":
+//! a station is never evicted if it is static, or if its port has no more stations than its reserved share. Of the others
+//! in the two buckets go first those that have expired, then the oldest of the port that wants the place (a flood eats
+//! itself), then one of a port that has more stations than that port, in the table or in these two buckets. A port below
+//! its reserved share rather takes from the rich than from itself, and is let in even if the table is full to its capacity.
+//!
+//! **A port number's next owner** never gets frames for stations of the previous one: port and generation are one word in the
+//! table, and whoever looks up compares the generation with the port's present one.
+//!
+//! An island of `unsafe`: one prefetch.
+#![allow(unsafe_code)]
+
+mod bucket;
+#[cfg(test)]
+mod model;
+mod place;
+#[cfg(test)]
+mod tests;
+
+use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
+
+use crossbeam::utils::{Backoff, CachePadded};
+
+use self::bucket::{Bucket, Probe, Record, SLOTS, probe_both};
+use super::eth::Mac;
+use super::port_set::{Domain, PORTS_MAX, PortId};
+
+/// The atomics of `bucket`: `model.rs` compiles the same file with loom's.
+mod atomics {
+    pub(super) use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, fence};
+}
+
+const _: () = assert!(size_of::<Bucket>() == 64);
+
+/// Stations a table can be made for.
+pub const CAPACITY_MAX: usize = 1_000_000;
+/// Ages are exact up to here and stand still beyond: stamps have 16 bits and are compared by sign.
+pub const AGE_MAX_SECONDS: u32 = 30_000;
+/// Looks at a bucket that is rewritten under our eyes, before the station counts as unknown. Each costs a writer more than us.
+const LOOKS_MAX: usize = 64;
+
+/// A station's name: its domain and its MAC address.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Key(u64);
+
+impl Key {
+    /// The name of `mac` in `domain`.
+    #[inline]
+    pub const fn new(domain: Domain, mac: Mac) -> Key {
+        Key((domain.0 as u64) << 48 | mac.bits())
+    }
+
+    /// The domain.
+    #[inline]
+    pub const fn domain(self) -> Domain {
+        Domain((self.0 >> 48) as u16)
+    }
+
+    /// The address.
+    #[inline]
+    pub const fn mac(self) -> Mac {
+        Mac::from_bits(self.0)
+    }
+}
+
+/// Where a key is to be found; valid for the table that made it.
+#[derive(Clone, Copy, Debug)]
+pub struct Hash(u64);
+
+/// The secret that keeps guests from choosing MACs that collide.
+#[derive(Clone, Copy)]
+pub struct HashKey {
+    mask: u64,
+    factor: u64,
+}
+
+impl HashKey {
+    /// A new one: the standard library's SipHash under keys it got from the kernel.
+    pub fn random() -> HashKey {
+        HashKey::from_words(
+            RandomState::new().hash_one(0),
+            RandomState::new().hash_one(1),
+        )
+    }
+
+    /// A known one, for tests that must be repeatable.
+    pub fn from_words(mask: u64, factor: u64) -> HashKey {
+        HashKey {
+            mask,
+            factor: factor | 1,
+        }
+    }
+}
+
+/// What a table is made for.
+#[derive(Clone)]
+pub struct FdbSettings {
+    /// Stations it holds; at most [`CAPACITY_MAX`].
+    pub capacity: usize,
+    /// Stations of each port that no other port can drive out.
+    pub reserved_per_port: u32,
+    /// Ports have numbers below this.
+    pub ports_max: usize,
+    /// See [`HashKey`].
+    pub key: HashKey,
+}
+
+impl Default for FdbSettings {
+    fn default() -> FdbSettings {
+        FdbSettings {
+            capacity: 65_536,
+            reserved_per_port: 64,
+            ports_max: PORTS_MAX,
+            key: HashKey::random(),
+        }
+    }
+}
+
+/// Where a station is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Station {
+    /// Behind this port,
+    pub port: PortId,
+    /// if the port's owner is still this one.
+    pub generation: u16,
+    /// Set by the operator. While a known station is being made static, old and new may be mixed in this flag alone.
+    pub is_static: bool,
+}
+
+/// What became of a source address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Learned {
+    /// Nothing new.
+    Known,
+    /// Known; heard for the first time in this second.
+    Refreshed,
+    /// A new station, or one that was known from an earlier owner of a port number.
+    New,
+    /// It was behind another port until now.
+    Moved,
+    /// It is static, and not here.
+    Static,
+    /// No place that this port may take; or not the address of a station.
+    Full,
+    /// Another worker is changing the bucket: not learnt this time.
+    Busy,
+}
+
+/// Why a static station was refused.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum StaticError {
+    /// Zero or a group address.
+    #[error("no station has a zero or multicast address")]
+    NotAStation,
+    /// Beyond `ports_max`.
+    #[error("no such port number")]
+    NoSuchPort,
+    /// Only static and reserved stations where it belongs.
+    #[error("the forwarding database is full of static stations; raise its capacity")]
+    Full,
+}
+
+/// Which stations to forget. Static ones stay, unless their port is gone.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Flush {
+    /// All that were learnt.
+    All,
+    /// Those learnt from a port.
+    Port(PortId),
+    /// Those learnt in a domain.
+    Domain(Domain),
+    /// All of a port that is gone, static ones too.
+    Gone(PortId),
+}
+
+/// How often what has happened since the start, and what is fixed now.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct FdbStats {
+    /// New stations.
+    pub learned: u64,
+    /// Stations that changed their port.
+    pub moved: u64,
+    /// Stations that made place for others.
+    pub evicted: u64,
+    /// Stations that found no place.
+    pub refused: u64,
+    /// Stations not heard for too long.
+    pub aged: u64,
+    /// Static stations in the table now.
+    pub fixed: u64,
+}
+
+/// The table.
+///
+/// Threads: all may call all. `hash`, `prefetch`, `lookup` and `learn` are for workers: they neither wait nor spin longer than
+/// their bounds. The rest is for control: it waits for workers that are learning in the same bucket.
+pub struct Fdb {
+    buckets: Box<[Bucket]>,
+    key: HashKey,
+    capacity: usize,
+    reserved_per_port: AtomicU32,
+    /// Learnt stations per port.
+    shares: Box<[AtomicU32]>,
+    /// The last ageing time asked for; 0 = never.
+    max_age: AtomicU32,
+    load: CachePadded<Load>,
+}
+
+/// What changes when stations come and go.
+#[derive(Default)]
+struct Load {
+    len: AtomicUsize,
+    hand: AtomicUsize,
+    pushed: AtomicUsize,
+    learned: AtomicU64,
+    moved: AtomicU64,
+    evicted: AtomicU64,
+    refused: AtomicU64,
+    aged: AtomicU64,
+    fixed: AtomicU64,
+}
+
+// Counters order nothing: Relaxed.
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Relaxed);
+}
+
+/// Seconds since `stamp`; 0 if it seems to lie ahead, for workers see the clock move at different moments.
+fn age_of(stamp: u16, now: u32) -> u16 {
+    ((now as u16).wrapping_sub(stamp) as i16).max(0) as u16
+}
+
+impl Fdb {
+    /// An empty table with all the memory it will ever need: at least 1.6 slots per station, for the first station that
+    /// finds no place comes at 69 % of the slots; 2 MiB for 65,536 stations, 32 MiB for 1,000,000.
+    pub fn new(settings: FdbSettings) -> Fdb {
+        let buckets = (settings.capacity * 2 / 5).next_power_of_two();
+        Fdb::with_buckets(settings, buckets.max(64))
+    }
+
+    fn with_buckets(settings: FdbSettings, buckets: usize) -> Fdb {
+        assert!(
+            (1..=CAPACITY_MAX).contains(&settings.capacity),
+            "the configuration is checked before"
+        );
+        assert!(settings.ports_max <= 1 << 16 && buckets.is_power_of_two() && buckets >= 2);
+        Fdb {
+            buckets: (0..buckets).map(|_| Bucket::default()).collect(),
+            key: settings.key,
+            capacity: settings.capacity,
+            reserved_per_port: settings.reserved_per_port.into(),
+            shares: (0..settings.ports_max).map(|_| AtomicU32::new(0)).collect(),
+            max_age: AtomicU32::new(0),
+            load: CachePadded::default(),
+        }
+    }
+
+    /// One multiplication, folded.
+    #[inline]
+    pub fn hash(&self, key: Key) -> Hash {
+        let product = u128::from(key.0 ^ self.key.mask) * u128::from(self.key.factor);
+        Hash(product as u64 ^ (product >> 64) as u64)
+    }
+
+    /// Starts to fetch what `lookup` and `learn` will need.
+    #[inline]
+    pub fn prefetch(&self, hash: Hash) {
+        prefetch(&self.buckets[self.home(hash)]);
+    }
+
+    /// Where the station is, if known.
+    #[inline]
+    pub fn lookup(&self, key: Key, hash: Hash) -> Option<Station> {
+        match self.buckets[self.home(hash)].probe(key.0) {
+            Probe::Hit(_, record) => Some(station(&record)),
+            Probe::Miss { spilled: false } => None,
+            _ => self
+                .look_again(key, hash)
+                .map(|(_, _, record)| station(&record)),
+        }
+    }
+
+    /// A frame came from this station. Costs only reads if that is no news.
+    #[inline]
+    pub fn learn(&self, key: Key, hash: Hash, port: PortId, generation: u16, now: u32) -> Learned {
+        let home = &self.buckets[self.home(hash)];
+        let place = u32::from(generation) << 16 | u32::from(port.0);
+        match home.probe(key.0) {
+            Probe::Hit(slot, record) if record.station == place => {
+                refresh(home, slot, &record, now)
+            }
+            _ => self.learn_news(key, hash, place, now),
+        }
+    }
+
+    /// Adds a static station, or makes a known one static. A port's static stations go with it ([`Flush::Gone`]).
+    pub fn add_static(&self, key: Key, port: PortId, generation: u16) -> Result<(), StaticError> {
+        if key.mac().is_zero() || key.mac().is_multicast() {
+            return Err(StaticError::NotAStation);
+        }
+        if usize::from(port.0) >= self.shares.len() {
+            return Err(StaticError::NoSuchPort);
+        }
+        let station = u32::from(generation) << 16 | u32::from(port.0);
+        let new = Record {
+            key: key.0,
+            station,
+            stamp: 0,
+            is_static: true,
+        };
+        let backoff = Backoff::new();
+        loop {
+            match self.settle(new, 0) {
+                Learned::Busy => backoff.snooze(),
+                Learned::Full => return Err(StaticError::Full),
+                _ => return Ok(()),
+            }
+        }
+    }
+
+    /// Forgets a station, static or not; false if it was unknown.
+    pub fn remove(&self, key: Key) -> bool {
+        let hash = self.hash(key);
+        [self.home(hash), self.away(hash)]
+            .into_iter()
+            .any(|index| self.forget_in(index, &mut |record| record.key == key.0) > 0)
+    }
+
+    /// Forgets stations; returns how many. A worker that still has the port attached learns them anew.
+    pub fn flush(&self, what: Flush) -> usize {
+        self.sweep(|record| match what {
+            Flush::All => !record.is_static,
+            Flush::Port(port) => !record.is_static && record.port() == port.0,
+            Flush::Domain(domain) => !record.is_static && Key(record.key).domain() == domain,
+            Flush::Gone(port) => record.port() == port.0,
+        })
+    }
+
+    /// Forgets learnt stations that were not heard for `max_age_seconds` (0: none; at most [`AGE_MAX_SECONDS`]); returns
+    /// how many. To be called at least once per half hour, for the clock has 16 bits.
+    pub fn age(&self, now: u32, max_age_seconds: u32) -> usize {
+        self.max_age
+            .store(max_age_seconds.min(AGE_MAX_SECONDS), Relaxed);
+        let oldest = (now as u16).wrapping_sub(AGE_MAX_SECONDS as u16);
+        for bucket in &self.buckets {
+            for slot in 0..SLOTS {
+                if bucket
+                    .glance(slot)
+                    .is_some_and(|record| u32::from(age_of(record.stamp, now)) > AGE_MAX_SECONDS)
+                {
+                    bucket.touch(slot, oldest);
+                }
+            }
+        }
+        let aged = self.sweep(|record| self.has_expired(record, now));
+        self.load.aged.fetch_add(aged as u64, Relaxed);
+        aged
+    }
+
+    /// Shows every station with the seconds since it was heard (0 for static ones). What comes, goes or moves meanwhile
+    /// may be missing or appear twice.
+    pub fn for_each(&self, now: u32, mut show: impl FnMut(Key, Station, u32)) {
+        for bucket in &self.buckets {
+            for slot in 0..SLOTS {
+                let Some(Probe::Hit(_, record)) =
+                    bucket.glance(slot).map(|torn| bucket.probe(torn.key))
+                else {
+                    continue;
+                };
+                let age = if record.is_static {
+                    0
+                } else {
+                    age_of(record.stamp, now)
+                };
+                show(Key(record.key), station(&record), age.into());
+            }
+        }
+    }
+
+    /// Stations it was made for.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Changes how many stations of each port no other port can drive out.
+    pub fn set_reserved(&self, stations_per_port: u32) {
+        self.reserved_per_port.store(stations_per_port, Relaxed);
+    }
+
+    /// Stations in the table.
+    pub fn len(&self) -> usize {
+        self.load.len.load(Relaxed)
+    }
+
+    /// True if there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What has happened so far.
+    pub fn stats(&self) -> FdbStats {
+        let load = &self.load;
+        FdbStats {
+            learned: load.learned.load(Relaxed),
+            moved: load.moved.load(Relaxed),
+            evicted: load.evicted.load(Relaxed),
+            refused: load.refused.load(Relaxed),
+            aged: load.aged.load(Relaxed),
+            fixed: load.fixed.load(Relaxed),
+        }
+    }
+
+    /// A station's first bucket.
+    #[inline]
+    fn home(&self, hash: Hash) -> usize {
+        hash.0 as usize & (self.buckets.len() - 1)
+    }
+
+    /// Its second one, never the same.
+    fn away(&self, hash: Hash) -> usize {
+        let away = (hash.0 >> 32) as usize & (self.buckets.len() - 1);
+        if away == self.home(hash) {
+            away ^ 1
+        } else {
+            away
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn look_again(&self, key: Key, hash: Hash) -> Option<(&Bucket, usize, Record)> {
+        let (home, away) = (
+            &self.buckets[self.home(hash)],
+            &self.buckets[self.away(hash)],
+        );
+        for _ in 0..LOOKS_MAX {
+            match probe_both(home, away, key.0) {
+                (bucket, Probe::Hit(slot, record)) => return Some((bucket, slot, record)),
+                (_, Probe::Miss { .. }) => return None,
+                (_, Probe::Torn) => std::hint::spin_loop(),
+            }
+        }
+        None
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn learn_news(&self, key: Key, hash: Hash, station: u32, now: u32) -> Learned {
+        if let Some((bucket, slot, record)) = self.look_again(key, hash)
+            && record.station == station
+        {
+            return refresh(bucket, slot, &record, now);
+        }
+        let new = Record {
+            key: key.0,
+            station,
+            stamp: now as u16,
+            is_static: false,
+        };
+        let known_port = usize::from(new.port()) < self.shares.len();
+        debug_assert!(known_port, "control hands out port numbers below ports_max");
+        if !known_port || key.mac().is_zero() || key.mac().is_multicast() {
+            return Learned::Full;
+        }
+        self.settle(new, now)
+    }
+}
+
+/// The rest of `learn` and `lookup`: one store at most, and only when the clock has moved.
+#[inline]
+fn refresh(bucket: &Bucket, slot: usize, record: &Record, now: u32) -> Learned {
+    if age_of(record.stamp, now) == 0 {
+        return Learned::Known;
+    }
+    bucket.touch(slot, now as u16);
+    Learned::Refreshed
+}
+
+#[inline]
+fn station(record: &Record) -> Station {
+    Station {
+        port: PortId(record.port()),
+        generation: (record.station >> 16) as u16,
+        is_static: record.is_static,
+    }
+}
+
+/// Asks for the cache line of `bucket`.
+#[inline]
+fn prefetch(bucket: &Bucket) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: PREFETCHT0 needs SSE, which every x86-64 has; it reads nothing and cannot fault.
+    unsafe {
+        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(bucket).cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bucket;
+}

@@ -1,0 +1,293 @@
+//! One cache line of the forwarding database: four stations that are read without locks.
+//!
+//! A reader takes the head, looks, and takes the head again: equal heads mean that no slot that was valid has changed
+//! meanwhile. A writer claims the bucket by a bit of the head, and takes the valid bit from a slot before it writes there:
+//! a reader therefore needs nobody's permission and waits for nobody, and a writer that is descheduled in the middle
+//! hides one slot, not four.
+//!
+//! `model.rs` has loom try all orders in which two threads can meet here.
+
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+
+use super::atomics::{AtomicU16, AtomicU32, AtomicU64, fence};
+
+/// Stations of a bucket: what a cache line holds next to its head.
+pub(super) const SLOTS: usize = 4;
+
+// The head, from the lowest bit: valid slots, static slots, claimed, how many stations live away from here, version.
+const VALID: u64 = 1;
+const STATIC: u64 = 1 << 4;
+const CLAIMED: u64 = 1 << 8;
+const SPILLED: u64 = 1 << 16;
+const VERSION: u64 = 1 << 32;
+
+/// Times a writer has claimed the bucket (modulo 2^32), which slots hold stations, who is spilled.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Head(u64);
+
+impl Head {
+    #[inline]
+    fn is_valid(self, slot: usize) -> bool {
+        self.0 & (VALID << slot) != 0
+    }
+
+    #[inline]
+    fn is_static(self, slot: usize) -> bool {
+        self.0 & (STATIC << slot) != 0
+    }
+
+    /// Stations that have this bucket as their home and live in their second one.
+    #[inline]
+    fn spilled(self) -> u16 {
+        (self.0 >> 16) as u16
+    }
+}
+
+/// A station as a slot holds it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Record {
+    /// Domain and MAC.
+    pub(super) key: u64,
+    /// Generation << 16 | port: one word, so that nobody ever sees the port of one owner with the generation of another.
+    pub(super) station: u32,
+    /// Low half of the coarse clock when the station was last heard.
+    pub(super) stamp: u16,
+    /// Set by the operator: neither moved nor aged nor evicted.
+    pub(super) is_static: bool,
+}
+
+impl Record {
+    pub(super) fn port(&self) -> u16 {
+        self.station as u16
+    }
+}
+
+/// What a look into a bucket gave.
+pub(super) enum Probe {
+    /// The station and its slot.
+    Hit(usize, Record),
+    /// Not here, and in its second bucket only if `spilled`.
+    Miss {
+        /// The second bucket must be asked.
+        spilled: bool,
+    },
+    /// A writer was quicker: look again.
+    Torn,
+}
+
+/// Looks for `key` in its home and, if need be, in its second bucket.
+pub(super) fn probe_both<'a>(home: &'a Bucket, away: &'a Bucket, key: u64) -> (&'a Bucket, Probe) {
+    match home.probe(key) {
+        Probe::Miss { spilled: true } => (away, away.probe(key)),
+        found => (home, found),
+    }
+}
+
+/// Four stations, a cache line.
+///
+/// Threads: `probe` and `touch` by anybody at any time; all else through a [`Claim`], one at a time.
+#[repr(C, align(64))]
+#[derive(Default)]
+pub(super) struct Bucket {
+    head: AtomicU64,
+    stamps: [AtomicU16; SLOTS],
+    stations: [AtomicU32; SLOTS],
+    keys: [AtomicU64; SLOTS],
+}
+
+impl Bucket {
+    /// Looks for `key`. All four keys are compared without a branch: which slot matches is random, and a wrong guess
+    /// costs more than the comparisons.
+    #[inline]
+    pub(super) fn probe(&self, key: u64) -> Probe {
+        // Acquire: pairs with the Release of `Claim::drop`: what we read below is at least as new as this head.
+        let head = Head(self.head.load(Acquire));
+        let mut hits = 0;
+        for (slot, held) in self.keys.iter().enumerate() {
+            hits |= u64::from(held.load(Relaxed) == key) << slot;
+        }
+        hits &= head.0 & (VALID * 0xf);
+        let slot = hits.trailing_zeros() as usize % SLOTS;
+        let station = self.stations[slot].load(Relaxed);
+        let stamp = self.stamps[slot].load(Relaxed);
+        // Acquire: pairs with the Release fences of `Claim`: if one of the loads above saw a writer's store, the next load sees the
+        // head that this writer had left before it.
+        fence(Acquire);
+        if self.head.load(Relaxed) != head.0 {
+            Probe::Torn
+        } else if hits == 0 {
+            Probe::Miss {
+                spilled: head.spilled() > 0,
+            }
+        } else {
+            let is_static = head.is_static(slot);
+            Probe::Hit(
+                slot,
+                Record {
+                    key,
+                    station,
+                    stamp,
+                    is_static,
+                },
+            )
+        }
+    }
+
+    /// Notes when the station in `slot` was heard. Somebody else may have taken the slot since `probe`: it then looks
+    /// fresher than it is, for one ageing time.
+    #[inline]
+    pub(super) fn touch(&self, slot: usize, stamp: u16) {
+        self.stamps[slot % SLOTS].store(stamp, Relaxed);
+    }
+
+    /// Takes the right to write here, if nobody else has it.
+    pub(super) fn claim(&self) -> Option<Claim<'_>> {
+        let head = self.head.load(Relaxed);
+        if head & CLAIMED != 0 {
+            return None;
+        }
+        // Acquire: pairs with the Release of the last `Claim::drop`: we write on what that writer left.
+        self.head
+            .compare_exchange(head, head | CLAIMED, Acquire, Relaxed)
+            .ok()?;
+        Some(Claim {
+            bucket: self,
+            shown: head & SLOT_BITS,
+            wanted: head & SLOT_BITS,
+        })
+    }
+
+    /// What is in `slot`, if it is valid and nobody is writing; may be torn: to be checked under a claim.
+    pub(super) fn glance(&self, slot: usize) -> Option<Record> {
+        let head = Head(self.head.load(Acquire)); // Acquire: as in `probe`.
+        head.is_valid(slot)
+            .then(|| self.record(slot, head.is_static(slot)))
+    }
+
+    /// The opposite of [`Claim::spill`], after the station is gone; by anybody.
+    pub(super) fn unspill(&self) {
+        self.head.fetch_sub(SPILLED, Relaxed); // Relaxed: a reader that sees it late asks one bucket too many.
+    }
+
+    fn record(&self, slot: usize, is_static: bool) -> Record {
+        Record {
+            key: self.keys[slot].load(Relaxed),
+            station: self.stations[slot].load(Relaxed),
+            stamp: self.stamps[slot].load(Relaxed),
+            is_static,
+        }
+    }
+}
+
+const SLOT_BITS: u64 = 0xf * (VALID | STATIC);
+
+/// The right to write to a bucket, given back on drop.
+pub(super) struct Claim<'a> {
+    bucket: &'a Bucket,
+    /// Valid and static slots in the head now.
+    shown: u64,
+    /// The same when the claim ends.
+    wanted: u64,
+}
+
+impl Claim<'_> {
+    /// Where `key` is.
+    pub(super) fn find(&self, key: u64) -> Option<(usize, Record)> {
+        (0..SLOTS)
+            .find_map(|slot| Some((slot, self.record(slot).filter(|record| record.key == key)?)))
+    }
+
+    /// True if this is the claim on `bucket`.
+    pub(super) fn is_of(&self, bucket: &Bucket) -> bool {
+        std::ptr::eq(self.bucket, bucket)
+    }
+
+    /// What is in `slot`.
+    pub(super) fn record(&self, slot: usize) -> Option<Record> {
+        let slots = Head(self.wanted);
+        slots
+            .is_valid(slot)
+            .then(|| self.bucket.record(slot, slots.is_static(slot)))
+    }
+
+    /// All that is here.
+    pub(super) fn records(&self) -> [Option<Record>; SLOTS] {
+        std::array::from_fn(|slot| self.record(slot))
+    }
+
+    /// A slot without a station.
+    pub(super) fn free(&self) -> Option<usize> {
+        (0..SLOTS).find(|&slot| !Head(self.wanted).is_valid(slot))
+    }
+
+    /// Stations at home here that live in their second bucket.
+    pub(super) fn spilled(&self) -> u16 {
+        Head(self.bucket.head.load(Relaxed)).spilled()
+    }
+
+    /// False if the count of spilled stations is at its end: only MACs chosen with the hash key in hand bring it there.
+    pub(super) fn can_spill(&self) -> bool {
+        self.spilled() < u16::MAX
+    }
+
+    /// Counts a station that has its home here and moves to its second bucket; before it is written there.
+    pub(super) fn spill(&self) {
+        // Relaxed: readers get it with the head they take anyway, our next Release covers it.
+        self.bucket.head.fetch_add(SPILLED, Relaxed);
+    }
+
+    /// Copies the station in `slot`, at home here, to its second bucket, if there is a place. It stays visible here until its slot is
+    /// written over. Only in this direction: a reader asks home first, so that it meets the station in one of the two.
+    pub(super) fn push_on(&self, slot: usize, second: &Bucket) -> Option<()> {
+        let record = self.record(slot)?;
+        let mut second = second.claim()?;
+        let free = second.free()?;
+        self.spill();
+        second.put(free, record);
+        Some(())
+    }
+
+    /// Writes a station over whatever is in `slot`.
+    pub(super) fn put(&mut self, slot: usize, record: Record) {
+        let bits = (VALID | STATIC) << slot;
+        if self.shown & bits != 0 {
+            // Release: pairs with the Acquire of `probe`: who misses a station here that was pushed on finds it in its second bucket.
+            self.bucket.head.fetch_and(!bits, Release);
+            self.shown &= !bits;
+        }
+        // Release: pairs with the Acquire fence of `probe`: who sees one of these stores sees that the head has changed.
+        fence(Release);
+        self.bucket.keys[slot].store(record.key, Relaxed);
+        self.bucket.stations[slot].store(record.station, Relaxed);
+        self.bucket.stamps[slot].store(record.stamp, Relaxed);
+        self.wanted &= !bits;
+        self.wanted |= VALID << slot | if record.is_static { STATIC << slot } else { 0 };
+    }
+
+    /// The station in `slot` is now heard elsewhere. It stays visible: readers see the old place or the new one.
+    pub(super) fn relocate(&mut self, slot: usize, station: u32, stamp: u16) {
+        fence(Release); // Release: as in `put`, for a reader whose head is from before this slot got its present key.
+        self.bucket.stations[slot].store(station, Relaxed);
+        self.bucket.stamps[slot].store(stamp, Relaxed);
+    }
+
+    /// The station in `slot` is static from now on. For a moment readers see its new place without the flag.
+    pub(super) fn pin(&mut self, slot: usize) {
+        self.wanted |= STATIC << slot;
+    }
+
+    /// Forgets the station in `slot`.
+    pub(super) fn clear(&mut self, slot: usize) {
+        self.wanted &= !((VALID | STATIC) << slot);
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        let slots = self.wanted.wrapping_sub(self.shown);
+        // An addition, because others count spilled stations in the same word. Release: pairs with the Acquire of `probe` and `claim`.
+        self.bucket
+            .head
+            .fetch_add(slots.wrapping_add(VERSION - CLAIMED), Release);
+    }
+}

@@ -1,0 +1,182 @@
+//! Loom runs the bucket's code through every order in which a reader and a writer can meet, weak memory included.
+//!
+//! Part of `cargo test`. Each of these alone makes a model fail: the Release fence of `Claim::put` or `relocate`, the Acquire fence
+//! of `probe`, the Release that hides a slot in `put`, the Release of `Claim::drop`, the order of `push_on`.
+
+use loom::sync::Arc;
+use loom::thread;
+
+use self::bucket::{Bucket, Probe, Record, probe_both};
+
+mod atomics {
+    pub(super) use loom::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, fence};
+}
+
+#[allow(dead_code)] // the table uses more of it
+#[path = "bucket.rs"]
+mod bucket;
+
+/// A station whose place and key prove each other.
+fn record(key: u64, move_number: u32) -> Record {
+    Record {
+        key,
+        station: key as u32 * 100 + move_number,
+        stamp: 0,
+        is_static: false,
+    }
+}
+
+fn put(bucket: &Bucket, slot: usize, record: Record) {
+    bucket.claim().expect("one writer").put(slot, record);
+}
+
+/// The place of `key`, checked; `Err` if a writer was quicker.
+fn place(bucket: &Bucket, key: u64) -> Result<Option<u32>, ()> {
+    match bucket.probe(key) {
+        Probe::Hit(_, found) => {
+            assert_eq!(
+                u64::from(found.station / 100),
+                key,
+                "the place of another station"
+            );
+            Ok(Some(found.station % 100))
+        }
+        Probe::Miss { .. } => Ok(None),
+        Probe::Torn => Err(()),
+    }
+}
+
+fn explore(model: impl Fn() + Send + Sync + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(4);
+    builder.check(model);
+}
+
+#[test]
+fn a_reader_never_gets_the_place_of_the_station_that_was_or_comes() {
+    explore(|| {
+        let bucket = Arc::new(Bucket::default());
+        put(&bucket, 0, record(1, 0));
+        let writer = {
+            let bucket = Arc::clone(&bucket);
+            thread::spawn(move || put(&bucket, 0, record(2, 0)))
+        };
+        let new = place(&bucket, 2);
+        let old = place(&bucket, 1);
+        assert!(
+            !(new == Ok(Some(0)) && old == Ok(Some(0))),
+            "both in one slot"
+        );
+        writer.join().unwrap();
+        assert_eq!(
+            (place(&bucket, 1), place(&bucket, 2)),
+            (Ok(None), Ok(Some(0)))
+        );
+    });
+}
+
+#[test]
+fn a_slot_that_is_emptied_filled_and_moved_gives_each_station_its_own_place() {
+    explore(|| {
+        let bucket = Arc::new(Bucket::default());
+        put(&bucket, 0, record(1, 0));
+        let writer = {
+            let bucket = Arc::clone(&bucket);
+            thread::spawn(move || {
+                bucket.claim().expect("one writer").clear(0);
+                put(&bucket, 0, record(2, 0));
+                bucket
+                    .claim()
+                    .expect("one writer")
+                    .relocate(0, record(2, 1).station, 0);
+            })
+        };
+        let _ = place(&bucket, 1);
+        writer.join().unwrap();
+        assert_eq!(
+            (place(&bucket, 1), place(&bucket, 2)),
+            (Ok(None), Ok(Some(1)))
+        );
+    });
+}
+
+#[test]
+fn a_station_that_moves_is_always_there() {
+    explore(|| {
+        let bucket = Arc::new(Bucket::default());
+        put(&bucket, 1, record(1, 0));
+        let writer = {
+            let bucket = Arc::clone(&bucket);
+            thread::spawn(move || {
+                bucket
+                    .claim()
+                    .expect("one writer")
+                    .relocate(1, record(1, 1).station, 0)
+            })
+        };
+        let first = place(&bucket, 1);
+        let second = place(&bucket, 1);
+        assert!(first != Ok(None) && second != Ok(None));
+        assert!(
+            !(first == Ok(Some(1)) && second == Ok(Some(0))),
+            "back to where it was"
+        );
+        writer.join().unwrap();
+        assert_eq!(place(&bucket, 1), Ok(Some(1)));
+    });
+}
+
+#[test]
+fn a_station_that_is_pushed_to_its_second_bucket_is_met_in_one_of_the_two() {
+    explore(|| {
+        let pair = Arc::new([Bucket::default(), Bucket::default()]);
+        put(&pair[0], 0, record(1, 0));
+        let writer = {
+            let pair = Arc::clone(&pair);
+            thread::spawn(move || {
+                let mut home = pair[0].claim().expect("one writer");
+                home.push_on(0, &pair[1])
+                    .expect("the second bucket is empty");
+                home.put(0, record(2, 0));
+            })
+        };
+        match probe_both(&pair[0], &pair[1], 1) {
+            (_, Probe::Hit(_, found)) => assert_eq!(found, record(1, 0)),
+            (_, Probe::Miss { .. }) => panic!("met nowhere"),
+            (_, Probe::Torn) => {}
+        }
+        writer.join().unwrap();
+        assert!(matches!(
+            probe_both(&pair[0], &pair[1], 1),
+            (_, Probe::Hit(..))
+        ));
+    });
+}
+
+#[test]
+fn two_writers_leave_what_one_of_them_wrote_and_all_that_both_counted() {
+    explore(|| {
+        let bucket = Arc::new(Bucket::default());
+        let writers = [1, 2].map(|key| {
+            let bucket = Arc::clone(&bucket);
+            thread::spawn(move || {
+                let Some(mut claim) = bucket.claim() else {
+                    return false;
+                };
+                claim.spill();
+                let slot = claim.free().expect("four slots");
+                claim.put(slot, record(key, 0));
+                true
+            })
+        });
+        let wrote = writers.map(|writer| writer.join().unwrap());
+        for (key, wrote) in [1, 2].into_iter().zip(wrote) {
+            assert_eq!(place(&bucket, key), Ok(wrote.then_some(0)));
+        }
+        let claim = bucket.claim().expect("all claims are given back");
+        assert_eq!(
+            usize::from(claim.spilled()),
+            wrote.into_iter().filter(|wrote| *wrote).count()
+        );
+    });
+}
