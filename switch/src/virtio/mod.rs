@@ -1,8 +1,11 @@
 //! Rings in foreign memory; knows no frames and no ports.
 
+pub mod driver;
 pub mod guest_fault;
 mod guest_map;
 pub mod guest_mem;
+pub mod net;
+pub mod own_mem;
 pub mod packed;
 pub mod ring;
 pub mod split;

@@ -1,0 +1,327 @@
+//! Packed ring, driver side (virtio 1.2 §2.8).
+#![allow(unsafe_code)] // raw pointers into memory that a device writes
+
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+
+use super::super::packed::{Place, event, told};
+use super::super::ring::{BadSetup, Table, Way, feature, flag};
+use super::{DriverSetup, Held, OwnMem, Raw, Used};
+
+/// Offsets of driver area and device area, and the bytes of all: each part on cache lines of its own.
+pub(super) fn layout(size: u16) -> (u64, u64, u64) {
+    let driver = (16 * u64::from(size)).next_multiple_of(64);
+    (driver, driver + 64, driver + 128)
+}
+
+pub(super) struct PackedDriver {
+    mem: Arc<OwnMem>,
+    table: Table,
+    driver: *mut u8,
+    device: *mut u8,
+    way: Way,
+    in_order: bool,
+    event_idx: bool,
+    /// Where the next buffer is made available.
+    next: Place,
+    /// Where the next used descriptor will be.
+    taken: Place,
+    /// IN_ORDER: the id of the last buffer of the batch being taken.
+    batch: Option<u16>,
+    /// Descriptors posted since `kick_wanted` was last asked; at most a lap.
+    since: u16,
+    free: u16,
+    /// Not IN_ORDER: free ids.
+    ids: Vec<u16>,
+    /// Buffers in flight, by id; with IN_ORDER that is the place of their first descriptor.
+    held: Vec<Held>,
+}
+
+// SAFETY: the pointers go into memory that `mem` keeps mapped; the ring is used by one thread at a time (`&mut self`).
+unsafe impl Send for PackedDriver {}
+
+impl PackedDriver {
+    pub(super) fn new(setup: DriverSetup) -> Result<PackedDriver, BadSetup> {
+        let size = setup.size;
+        if size == 0 || size > 32768 {
+            return Err(BadSetup::Size(size));
+        }
+        let (driver, device, bytes) = layout(size);
+        let at = setup.mem.ptr(setup.at, bytes);
+        let at = at.ok_or(BadSetup::Outside(setup.at))?.as_ptr();
+        let has = |feature| setup.features & feature != 0;
+        let start = Place {
+            index: 0,
+            wrap: true,
+        };
+        let mut ring = PackedDriver {
+            table: Table::new(at, size),
+            driver: at.wrapping_add(driver as usize),
+            device: at.wrapping_add(device as usize),
+            way: setup.way,
+            in_order: has(feature::IN_ORDER),
+            event_idx: has(feature::EVENT_IDX),
+            next: start,
+            taken: start,
+            batch: None,
+            since: 0,
+            free: size,
+            ids: (0..size).rev().collect(),
+            held: vec![Held::default(); usize::from(size)],
+            mem: setup.mem,
+        };
+        ring.disarm();
+        Ok(ring)
+    }
+
+    pub(super) fn addresses(&self) -> (u64, u64, u64) {
+        // SAFETY: a ring has at least one descriptor.
+        let first = unsafe { self.table.at(0) };
+        let uva = |at: *mut u8| at.addr() as u64;
+        (uva(first), uva(self.driver), uva(self.device))
+    }
+
+    pub(super) fn base(&self) -> u32 {
+        u32::from(self.taken.word()) * 0x1_0001
+    }
+
+    pub(super) fn size(&self) -> u16 {
+        self.table.size
+    }
+
+    #[inline]
+    pub(super) fn free(&self) -> u16 {
+        self.free
+    }
+
+    pub(super) fn raw(&self) -> Raw<'_> {
+        Raw::new(&self.mem, self.table, (self.driver, 4), (self.device, 4))
+    }
+
+    /// The second half of the descriptor at `place`: length, id, flags.
+    #[inline]
+    fn word(&self, place: Place) -> &AtomicU64 {
+        // SAFETY: every place comes from `ahead`, so `index < size`; a descriptor is aligned to 16.
+        unsafe { &*self.table.at(place.index).add(8).cast::<AtomicU64>() }
+    }
+
+    #[inline]
+    fn flags(&self, place: Place) -> &AtomicU16 {
+        // SAFETY: as in `word`.
+        unsafe { &*self.table.at(place.index).add(14).cast::<AtomicU16>() }
+    }
+
+    fn area(&self, at: *mut u8) -> &AtomicU32 {
+        // SAFETY: one of the two areas, four mapped bytes, aligned to 64.
+        unsafe { &*at.cast::<AtomicU32>() }
+    }
+
+    /// An id for a buffer whose first descriptor is at `place`. The caller knows that there is one.
+    #[inline]
+    fn grab(&mut self, place: Place) -> u16 {
+        if self.in_order {
+            place.index
+        } else {
+            self.ids.pop().unwrap_or_default() // at least as many as free descriptors
+        }
+    }
+
+    /// Writes a descriptor's address, and returns its second half.
+    #[inline]
+    fn half(&self, place: Place, (addr, len): (u64, u32), id: u16, flags: u16) -> u64 {
+        // SAFETY: as in `word`.
+        unsafe { ptr::write_volatile(self.table.at(place.index).cast::<u64>(), addr) };
+        let flags = flags | place.available() | self.direction();
+        u64::from(len) | u64::from(id) << 32 | u64::from(flags) << 48
+    }
+
+    #[inline]
+    fn direction(&self) -> u16 {
+        match self.way {
+            Way::ToGuest => flag::WRITE,
+            Way::FromGuest => 0,
+        }
+    }
+
+    #[inline]
+    fn posted(&mut self, to: Place, descs: u16) {
+        self.next = to;
+        self.free -= descs;
+        self.since = self.since.saturating_add(descs).min(self.table.size);
+    }
+
+    #[inline]
+    pub(super) fn post(&mut self, buffers: &[(u64, u32)]) -> usize {
+        let count = buffers.len().min(usize::from(self.free));
+        let (first, mut place, mut head) = (self.next, self.next, 0);
+        for (index, &buffer) in buffers[..count].iter().enumerate() {
+            let id = self.grab(place);
+            let word = self.half(place, buffer, id, 0);
+            self.held[usize::from(id)] = Held {
+                addr: buffer.0,
+                descs: 1,
+            };
+            if index == 0 {
+                head = word;
+            } else {
+                self.word(place).store(word, Ordering::Relaxed);
+            }
+            place = place.ahead(1, self.table.size);
+        }
+        if count > 0 {
+            // Release: pairs with the device's Acquire load of the flags (§2.8.16). The first one last: the device sees all or none.
+            self.word(first).store(head, Ordering::Release);
+            self.posted(place, count as u16);
+        }
+        count
+    }
+
+    pub(super) fn post_chain(&mut self, pieces: &[(u64, u32)]) -> bool {
+        if pieces.len() > usize::from(self.free) {
+            return false;
+        }
+        let (first, mut place, mut head) = (self.next, self.next, 0);
+        let id = self.grab(first);
+        for (index, &piece) in pieces.iter().enumerate() {
+            let last = index + 1 == pieces.len();
+            // The id counts in the last descriptor only (§2.8.6): elsewhere it is garbage on purpose.
+            let (id, more) = if last { (id, 0) } else { (!id, flag::NEXT) };
+            let word = self.half(place, piece, id, more);
+            if index == 0 {
+                head = word;
+            } else {
+                self.word(place).store(word, Ordering::Relaxed);
+            }
+            place = place.ahead(1, self.table.size);
+        }
+        let descs = pieces.len() as u16;
+        let addr = pieces[0].0;
+        self.held[usize::from(id)] = Held { addr, descs };
+        // Release: as in `post`.
+        self.word(first).store(head, Ordering::Release);
+        self.posted(place, descs);
+        true
+    }
+
+    pub(super) fn post_indirect(&mut self, table: u64, pieces: &[(u64, u32)]) -> bool {
+        if self.free == 0 {
+            return false;
+        }
+        for (index, &(addr, len)) in pieces.iter().enumerate() {
+            let mut desc = [0; 16];
+            desc[..8].copy_from_slice(&addr.to_le_bytes());
+            desc[8..12].copy_from_slice(&len.to_le_bytes());
+            desc[14..].copy_from_slice(&self.direction().to_le_bytes());
+            self.mem.write(table + 16 * index as u64, &desc);
+        }
+        let first = self.next;
+        let id = self.grab(first);
+        let addr = pieces[0].0;
+        self.held[usize::from(id)] = Held { addr, descs: 1 };
+        let len = 16 * pieces.len() as u32;
+        let word = self.half(first, (table, len), id, flag::INDIRECT);
+        // Release: as in `post`.
+        self.word(first).store(word, Ordering::Release);
+        self.posted(first.ahead(1, self.table.size), 1);
+        true
+    }
+
+    /// Id and length of the used descriptor at `taken`, if there is one.
+    #[inline]
+    fn used(&self) -> Option<(u16, u32)> {
+        // Acquire: pairs with the device's Release store of the flags (§2.8.17): id, length and buffer are written.
+        let flags = self.flags(self.taken).load(Ordering::Acquire);
+        if flags & (flag::AVAIL | flag::USED) != self.taken.used() {
+            return None;
+        }
+        let word = self.word(self.taken).load(Ordering::Relaxed);
+        let len = if flags & flag::WRITE != 0 {
+            word as u32
+        } else {
+            0
+        };
+        Some(((word >> 32) as u16, len))
+    }
+
+    /// The next buffer that came back.
+    #[inline]
+    fn take_one(&mut self) -> Option<Used> {
+        let (id, len) = if self.in_order && self.way == Way::FromGuest {
+            // One used descriptor may stand for a batch and has the last buffer's id (§2.8.9).
+            let last = match self.batch {
+                Some(last) => last,
+                None => self.used()?.0,
+            };
+            let id = self.taken.index;
+            self.batch = (id != last).then_some(last);
+            (id, 0)
+        } else {
+            self.used()?
+        };
+        let held = std::mem::take(&mut self.held[usize::from(id)]);
+        assert!(held.descs > 0, "device used buffer {id}, not in flight");
+        self.taken = self.taken.ahead(held.descs, self.table.size);
+        self.free += held.descs;
+        if !self.in_order {
+            self.ids.push(id);
+        }
+        Some(Used {
+            addr: held.addr,
+            len,
+            id,
+            buffers: 1,
+        })
+    }
+
+    #[inline]
+    pub(super) fn take(&mut self, out: &mut [Used]) -> usize {
+        let mut count = 0;
+        for used in out {
+            let Some(one) = self.take_one() else {
+                break;
+            };
+            *used = one;
+            count += 1;
+        }
+        count
+    }
+
+    #[inline]
+    pub(super) fn reclaim(&mut self) -> usize {
+        let mut count = 0;
+        while self.take_one().is_some() {
+            count += 1;
+        }
+        count
+    }
+
+    #[inline]
+    pub(super) fn kick_wanted(&mut self) -> bool {
+        let since = std::mem::take(&mut self.since);
+        if since == 0 {
+            return false;
+        }
+        // SeqCst: orders our flags before the load of what the device wants; pairs with the device's fence in `arm`.
+        fence(Ordering::SeqCst);
+        let area = self.area(self.device).load(Ordering::Relaxed);
+        told(area, self.event_idx, self.next, since, self.table.size)
+    }
+
+    pub(super) fn arm(&mut self) -> bool {
+        let wish = if self.event_idx {
+            event::AT | u32::from(self.taken.word())
+        } else {
+            event::ENABLE
+        };
+        self.area(self.driver).store(wish, Ordering::Relaxed);
+        // SeqCst: orders the wish before the last look; pairs with the device's fence in `call_wanted`.
+        fence(Ordering::SeqCst);
+        self.batch.is_some() || self.used().is_some()
+    }
+
+    pub(super) fn disarm(&mut self) {
+        self.area(self.driver)
+            .store(event::DISABLE, Ordering::Relaxed);
+    }
+}
