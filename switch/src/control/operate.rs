@@ -3,8 +3,8 @@
 use super::api::{Operator, Refusal};
 use super::config::Config;
 use super::state::{
-    Applied, FdbAdd, FdbEntry, FdbFilter, FdbKind, FdbPage, FdbUse, PortSpec, PortStatus, QueueMove,
-    StatsReport, WorkerStatus,
+    Applied, FdbAdd, FdbEntry, FdbFilter, FdbKind, FdbPage, FdbUse, PortSpec, PortStatus,
+    QueueMove, StatsReport, WorkerStatus,
 };
 use super::switch::Switch;
 use crate::dataplane::eth::Mac;
@@ -51,7 +51,10 @@ impl Operator for Switch {
     fn fdb(&self, filter: &FdbFilter, limit: usize) -> Result<FdbPage, Refusal> {
         let names = Names::of(self);
         names.check(filter)?;
-        let mut page = FdbPage { table: self.stats().fdb, ..FdbPage::default() };
+        let mut page = FdbPage {
+            table: self.stats().fdb,
+            ..FdbPage::default()
+        };
         Switch::fdb(self).for_each(self.seconds(), |key, station, age| {
             if let Some(entry) = names.entry(key, station, age)
                 && matches(filter, &entry)
@@ -62,7 +65,8 @@ impl Operator for Switch {
                 }
             }
         });
-        page.entries.sort_by(|a, b| (&a.bridge, a.mac).cmp(&(&b.bridge, b.mac)));
+        page.entries
+            .sort_by(|a, b| (&a.bridge, a.mac).cmp(&(&b.bridge, b.mac)));
         Ok(page)
     }
 
@@ -86,7 +90,10 @@ impl Operator for Switch {
     }
 
     fn fdb_del(&self, mac: Mac, filter: &FdbFilter) -> Result<u64, Refusal> {
-        let filter = FdbFilter { mac: Some(mac), ..filter.clone() };
+        let filter = FdbFilter {
+            mac: Some(mac),
+            ..filter.clone()
+        };
         match self.remove(&filter, |_| true)? {
             0 => Err(Refusal::NotFound(format!(
                 "there is no station {mac}: `ringway fdb show` lists those there are"
@@ -121,20 +128,33 @@ impl Switch {
                 keys.push(key);
             }
         });
-        Ok(keys.into_iter().filter(|key| Switch::fdb(self).remove(*key)).count() as u64)
+        Ok(keys
+            .into_iter()
+            .filter(|key| Switch::fdb(self).remove(*key))
+            .count() as u64)
     }
 
     /// How full the forwarding database is.
     pub(super) fn fdb_use(&self, age: u32) -> FdbUse {
         let mut fixed = 0;
         let fdb = Switch::fdb(self);
-        fdb.for_each(self.seconds(), |_, station, _| fixed += u64::from(station.is_static));
-        FdbUse { capacity: self.fdb_capacity, used: fdb.len() as u64, fixed, age }
+        fdb.for_each(self.seconds(), |_, station, _| {
+            fixed += u64::from(station.is_static)
+        });
+        FdbUse {
+            capacity: self.fdb_capacity,
+            used: fdb.len() as u64,
+            fixed,
+            age,
+        }
     }
 }
 
 fn matches(filter: &FdbFilter, entry: &FdbEntry) -> bool {
-    filter.bridge.as_ref().is_none_or(|bridge| *bridge == entry.bridge)
+    filter
+        .bridge
+        .as_ref()
+        .is_none_or(|bridge| *bridge == entry.bridge)
         && filter.port.as_ref().is_none_or(|port| *port == entry.port)
         && filter.vlan.is_none_or(|vlan| vlan == entry.vlan)
         && filter.mac.is_none_or(|mac| mac == entry.mac)
@@ -168,7 +188,10 @@ impl Names {
 
     fn by_name(&self, name: &str) -> Result<&Named, Refusal> {
         let names: Vec<&str> = self.0.iter().map(|port| port.name.as_str()).collect();
-        self.0.iter().find(|port| port.name == name).ok_or_else(|| Refusal::no_port(name, &names))
+        self.0
+            .iter()
+            .find(|port| port.name == name)
+            .ok_or_else(|| Refusal::no_port(name, &names))
     }
 
     fn check(&self, filter: &FdbFilter) -> Result<(), Refusal> {
@@ -176,22 +199,29 @@ impl Names {
             self.by_name(port)?;
         }
         match &filter.bridge {
-            Some(bridge) if !self.0.iter().any(|port| port.bridge == *bridge) => {
-                Err(Refusal::NotFound(format!("no port belongs to a bridge {bridge:?}")))
-            }
+            Some(bridge) if !self.0.iter().any(|port| port.bridge == *bridge) => Err(
+                Refusal::NotFound(format!("no port belongs to a bridge {bridge:?}")),
+            ),
             _ => Ok(()),
         }
     }
 
     fn entry(&self, key: Key, station: Station, age: u32) -> Option<FdbEntry> {
-        let port = self.0.iter().find(|port| port.id == station.port && port.generation == station.generation)?;
+        let port = self
+            .0
+            .iter()
+            .find(|port| port.id == station.port && port.generation == station.generation)?;
         Some(FdbEntry {
             bridge: port.bridge.clone(),
             vlan: 0,
             mac: key.mac(),
             port: port.name.clone(),
             age_seconds: (!station.is_static).then_some(age),
-            kind: if station.is_static { FdbKind::Static } else { FdbKind::Learned },
+            kind: if station.is_static {
+                FdbKind::Static
+            } else {
+                FdbKind::Learned
+            },
         })
     }
 }

@@ -4,34 +4,33 @@
 //! guest's rings; the workers poll them. All shared state is behind one mutex, held while workers answer their mail, never
 //! while a session is started or stopped (its thread may be waiting for that mutex).
 
-use std::collections::BTreeMap;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use super::api::Refusal;
 use super::config::Config;
 use super::cpu;
 use super::plan::{self, Action};
-use super::port_handle::{PortHandle, Rings, SessionReport};
+use super::port_handle::SessionReport;
+use super::rings::Handle;
 use super::spec::check_beside;
-use super::state::{
-    self, Counters, PortSpec, PortState, PortStatus, QueueStatus, StatsReport, WorkerStatus,
-};
+use super::state::{self, Counters, PortSpec};
+use super::status::{received, sent};
 use super::vhost_user::Session;
 use crate::dataplane::clock::tsc;
-use crate::dataplane::counters::{QueueCounters, Reason, WorkerCounters};
+use crate::dataplane::counters::{QueueCounters, WorkerCounters};
 use crate::dataplane::fdb::{Fdb, FdbSettings, Flush};
 use crate::dataplane::mailbox::{self, Mailbox, QueueId};
 use crate::dataplane::port_set::{Domain, Exit, PORTS_MAX, PortId, Topology};
 use crate::dataplane::queue::TxQueue;
-use crate::dataplane::worker::{Idle, RxSlot, Shared, Source, Worker};
+use crate::dataplane::worker::{Idle, RxSlot, Shared, Worker};
 use crate::port::doze::Bed;
 use crate::port::shared;
-use crate::port::vhost::{FromGuest, ToGuest};
+use crate::port::vhost::ToGuest;
 use crate::virtio::guest_fault::Poison;
 
 /// How often broken attachments are looked for, and the coarse clock is moved.
@@ -44,59 +43,59 @@ const IDLE_AFTER: Duration = Duration::from_millis(1);
 /// Threads: any control thread may call any method.
 pub struct Switch {
     /// This very switch, for the handles of its ports.
-    me: Weak<Switch>,
-    shared: Arc<Shared>,
-    workers: Vec<WorkerHandle>,
+    pub(super) me: Weak<Switch>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) workers: Vec<WorkerHandle>,
     /// One change at a time, from the decision to its end.
-    change: Mutex<Config>,
-    state: Mutex<State>,
+    pub(super) change: Mutex<Config>,
+    pub(super) state: Mutex<State>,
     /// Stations the forwarding database can hold.
     pub(super) fdb_capacity: u64,
-    started: (Instant, u64),
-    watch: Mutex<Option<JoinHandle<()>>>,
+    pub(super) started: (Instant, u64),
+    pub(super) watch: Mutex<Option<JoinHandle<()>>>,
 }
 
-struct WorkerHandle {
-    cpu: usize,
-    mailbox: Mailbox,
-    counters: Arc<WorkerCounters>,
-    thread: Mutex<Option<JoinHandle<Vec<Box<RxSlot>>>>>,
+pub(super) struct WorkerHandle {
+    pub(super) cpu: usize,
+    pub(super) mailbox: Mailbox,
+    pub(super) counters: Arc<WorkerCounters>,
+    pub(super) thread: Mutex<Option<JoinHandle<Vec<Box<RxSlot>>>>>,
 }
 
 #[derive(Default)]
-struct State {
-    ports: Vec<Option<Port>>,
+pub(super) struct State {
+    pub(super) ports: Vec<Option<Port>>,
     /// How many owners each port number has had.
-    generations: Vec<u16>,
-    bridges: Vec<String>,
+    pub(super) generations: Vec<u16>,
+    pub(super) bridges: Vec<String>,
     /// What ports that were deleted have counted.
-    departed: Counters,
-    topology: Arc<Topology>,
-    age: u32,
-    stopped: bool,
+    pub(super) departed: Counters,
+    pub(super) topology: Arc<Topology>,
+    pub(super) age: u32,
+    pub(super) stopped: bool,
 }
 
-struct Port {
-    spec: PortSpec,
-    id: PortId,
-    generation: u16,
-    domain: Domain,
-    pairs: Vec<Pair>,
-    report: SessionReport,
-    since: Instant,
-    connects: u64,
-    poison: Option<Arc<Poison>>,
-    session: Option<Arc<Session>>,
+pub(super) struct Port {
+    pub(super) spec: PortSpec,
+    pub(super) id: PortId,
+    pub(super) generation: u16,
+    pub(super) domain: Domain,
+    pub(super) pairs: Vec<Pair>,
+    pub(super) report: SessionReport,
+    pub(super) since: Instant,
+    pub(super) connects: u64,
+    pub(super) poison: Option<Arc<Poison>>,
+    pub(super) session: Option<Arc<Session>>,
 }
 
 /// A queue pair of a port, attached or not.
-struct Pair {
+pub(super) struct Pair {
     /// Index of the worker that polls it.
-    worker: usize,
-    rx: Arc<QueueCounters>,
-    tx: Arc<QueueCounters>,
-    polled: bool,
-    exit: Option<Arc<shared::Shared<ToGuest>>>,
+    pub(super) worker: usize,
+    pub(super) rx: Arc<QueueCounters>,
+    pub(super) tx: Arc<QueueCounters>,
+    pub(super) polled: bool,
+    pub(super) exit: Option<Arc<shared::Shared<ToGuest>>>,
 }
 
 impl Switch {
@@ -150,7 +149,8 @@ impl Switch {
     pub fn add_port(&self, spec: PortSpec) -> Result<(), Refusal> {
         let mut config = lock(&self.change);
         let cpus: Vec<usize> = self.workers.iter().map(|worker| worker.cpu).collect();
-        check_beside(&spec, &config.ports, Some(&cpus)).map_err(|error| Refusal::Conflict(error.0))?;
+        check_beside(&spec, &config.ports, Some(&cpus))
+            .map_err(|error| Refusal::Conflict(error.0))?;
         self.start_port(&spec)?;
         config.ports.push(spec);
         Ok(())
@@ -171,7 +171,9 @@ impl Switch {
         let actions = plan::plan(&config, new)?;
         for action in &actions {
             self.act(action).map_err(|error| {
-                Refusal::Failed(format!("could not {action}: {error}; what stands before it in the plan was done"))
+                Refusal::Failed(format!(
+                    "could not {action}: {error}; what stands before it in the plan was done"
+                ))
             })?;
             plan::apply(&mut config, action);
         }
@@ -187,7 +189,7 @@ impl Switch {
             }
             Action::AddPort(spec) => self.start_port(spec)?,
             Action::SetFdbAge(age) => lock(&self.state).age = *age,
-            Action::SetFdbReserved(_) => {},
+            Action::SetFdbReserved(_) => {}
             Action::SetIdle(idle) => {
                 for worker in &self.workers {
                     worker.mailbox.idle(when_idle(*idle)).map_err(failed)?;
@@ -243,17 +245,25 @@ impl Switch {
                 .iter()
                 .map(|worker| worker.cpu.to_string())
                 .collect();
-            return Err(Refusal::Invalid(format!("no worker runs on CPU {cpu}: choose one of {}", cpus.join(", "))));
+            return Err(Refusal::Invalid(format!(
+                "no worker runs on CPU {cpu}: choose one of {}",
+                cpus.join(", ")
+            )));
         };
         let mut state = lock(&self.state);
         let port = state.by_name(name)?;
         let (id, queues) = (port.id, port.pairs.len());
         let Some(entry) = port.pairs.get_mut(usize::from(pair)) else {
-            return Err(Refusal::NotFound(format!("port {name:?} has no queue pair {pair}: it has {queues}, from 0")));
+            return Err(Refusal::NotFound(format!(
+                "port {name:?} has no queue pair {pair}: it has {queues}, from 0"
+            )));
         };
         let queue = QueueId { port: id, pair };
         if entry.polled
-            && let Some(slot) = self.workers[entry.worker].mailbox.detach(queue).map_err(failed)?
+            && let Some(slot) = self.workers[entry.worker]
+                .mailbox
+                .detach(queue)
+                .map_err(failed)?
         {
             self.workers[worker].mailbox.attach(slot).map_err(failed)?;
         }
@@ -319,227 +329,6 @@ impl Switch {
         look(&mut names)
     }
 
-    /// All ports, by name.
-    pub fn ports(&self) -> Vec<PortStatus> {
-        let state = lock(&self.state);
-        let mut all: Vec<_> = state
-            .ports
-            .iter()
-            .flatten()
-            .map(|port| self.status(port))
-            .collect();
-        all.sort_by(|a, b| a.spec.name.cmp(&b.spec.name));
-        all
-    }
-
-    /// One port.
-    pub fn port(&self, name: &str) -> Result<PortStatus, Refusal> {
-        let mut state = lock(&self.state);
-        Ok(self.status(state.by_name(name)?))
-    }
-
-    fn status(&self, port: &Port) -> PortStatus {
-        let mut queues = Vec::new();
-        for (pair, entry) in port.pairs.iter().enumerate() {
-            for ring in port
-                .report
-                .rings
-                .iter()
-                .filter(|ring| usize::from(ring.pair) == pair)
-            {
-                let from_guest = ring.direction == state::Direction::FromGuest;
-                queues.push(QueueStatus {
-                    pair: ring.pair,
-                    direction: ring.direction,
-                    ring: ring.kind,
-                    size: ring.size,
-                    enabled: ring.enabled,
-                    worker: from_guest.then(|| self.workers[entry.worker].cpu),
-                    counters: if from_guest {
-                        received(&entry.rx)
-                    } else {
-                        sent(&entry.tx)
-                    },
-                });
-            }
-        }
-        PortStatus {
-            spec: port.spec.clone(),
-            state: port.report.state,
-            reason: port.report.reason.clone(),
-            since_seconds: port.since.elapsed().as_secs(),
-            connects: port.connects,
-            peer: port.report.peer,
-            features: port.report.features.clone(),
-            protocol_features: port.report.protocol_features.clone(),
-            memory: port.report.memory.clone(),
-            queues,
-            counters: port.counters(),
-        }
-    }
-
-    /// All counters.
-    pub fn stats(&self) -> StatsReport {
-        let state = lock(&self.state);
-        let elapsed = self.started.0.elapsed().as_secs_f64();
-        let ports: BTreeMap<String, Counters> = state
-            .ports
-            .iter()
-            .flatten()
-            .map(|port| (port.spec.name.clone(), port.counters()))
-            .collect();
-        let mut total = state.departed.clone();
-        ports.values().for_each(|port| total += port);
-        StatsReport {
-            uptime_seconds: elapsed,
-            tsc_hz: (tsc().wrapping_sub(self.started.1) as f64 / elapsed) as u64,
-            total,
-            departed: state.departed.clone(),
-            ports,
-            workers: (0..self.workers.len())
-                .map(|number| self.worker(&state, number))
-                .collect(),
-            fdb: self.fdb_use(state.age),
-        }
-    }
-
-    fn worker(&self, state: &State, number: usize) -> WorkerStatus {
-        let (worker, mut queues) = (&self.workers[number], Vec::new());
-        for port in state.ports.iter().flatten() {
-            for (pair, _) in port
-                .pairs
-                .iter()
-                .enumerate()
-                .filter(|(_, pair)| pair.polled && pair.worker == number)
-            {
-                queues.push(state::QueueRef {
-                    port: port.spec.name.clone(),
-                    pair: pair as u16,
-                });
-            }
-        }
-        let counted = &worker.counters;
-        WorkerStatus {
-            cpu: worker.cpu,
-            numa_node: cpu::HostCpus::read("/".as_ref()).node(worker.cpu),
-            queues,
-            turns: counted.passes.load(Relaxed),
-            busy_turns: counted.bursts.load(Relaxed),
-            cycles: counted.total_cycles.load(Relaxed),
-            busy_cycles: counted.busy_cycles.load(Relaxed),
-            sleeps: counted.sleeps.load(Relaxed),
-            counters: Counters {
-                sent: counted.sent.load(Relaxed),
-                ..received(&counted.received)
-            },
-        }
-    }
-
-    /// Shows the workers which ports can be sent to now. When it returns, nobody uses the old picture.
-    fn show(&self, state: &mut State) -> Result<()> {
-        let exits = state
-            .ports
-            .iter()
-            .map(|port| port.as_ref().and_then(Port::exit))
-            .collect();
-        state.topology = Arc::new(Topology::new(exits));
-        for worker in &self.workers {
-            drop(worker.mailbox.show(state.topology.clone())?);
-        }
-        Ok(())
-    }
-
-    fn attach(&self, id: PortId, rings: Rings) -> Result<()> {
-        let mut state = lock(&self.state);
-        let Some(port) = state.port(id) else {
-            bail!("the port is gone")
-        };
-        let mut slots = Vec::new();
-        for (pair, queue) in rings.from_guest {
-            let Some(entry) = port.pairs.get_mut(usize::from(pair)) else {
-                continue;
-            };
-            entry.polled = true;
-            port.poison = Some(queue.poison().clone());
-            let source = Source {
-                id: QueueId { port: id, pair },
-                domain: port.domain,
-                generation: port.generation,
-                counters: entry.rx.clone(),
-            };
-            let slot = RxSlot { source, queue: Box::new(queue) };
-            slots.push((entry.worker, Box::new(slot)));
-        }
-        for (pair, queue) in rings.to_guest {
-            let Some(entry) = port.pairs.get_mut(usize::from(pair)) else {
-                continue;
-            };
-            port.poison = Some(queue.poison().clone());
-            entry.exit = Some(Arc::new(shared::Shared::new(queue, entry.tx.clone())));
-        }
-        self.show(&mut state)?;
-        for (worker, slot) in slots {
-            self.workers[worker].mailbox.attach(slot)?;
-        }
-        Ok(())
-    }
-
-    /// Takes a port's rings back: first nobody sends to it any more, then nobody polls it.
-    fn detach(&self, id: PortId) -> Rings {
-        let mut rings = Rings {
-            from_guest: Vec::new(),
-            to_guest: Vec::new(),
-        };
-        let mut state = lock(&self.state);
-        let Some(port) = state.port(id) else {
-            return rings;
-        };
-        port.poison = None;
-        let mut exits = Vec::new();
-        for (number, pair) in port.pairs.iter_mut().enumerate() {
-            exits.extend(pair.exit.take().map(|exit| (number as u16, exit)));
-            if std::mem::take(&mut pair.polled) {
-                let queue = QueueId {
-                    port: id,
-                    pair: number as u16,
-                };
-                if let Ok(Some(slot)) = self.workers[pair.worker].mailbox.detach(queue) {
-                    let queue: Box<dyn std::any::Any> = slot.queue;
-                    rings.from_guest.extend(
-                        queue
-                            .downcast::<FromGuest>()
-                            .ok()
-                            .map(|queue| (number as u16, *queue)),
-                    );
-                }
-            }
-        }
-        if !exits.is_empty() && self.show(&mut state).is_err() {
-            return rings; // the workers have stopped: whatever they hold goes with them
-        }
-        for (number, exit) in exits {
-            // The workers have handed back every picture in which this exit stood.
-            rings
-                .to_guest
-                .extend(Arc::into_inner(exit).map(|exit| (number, exit.into_inner())));
-        }
-        rings
-    }
-
-    fn report(&self, id: PortId, report: SessionReport) {
-        let mut state = lock(&self.state);
-        let Some(port) = state.port(id) else { return };
-        let up = |state| matches!(state, PortState::Connected | PortState::Forwarding);
-        if port.report.state != report.state {
-            port.since = Instant::now();
-            port.connects += u64::from(up(report.state) && !up(port.report.state));
-            if up(port.report.state) && !up(report.state) {
-                self.shared.fdb.flush(Flush::Port(id));
-            }
-        }
-        port.report = report;
-    }
-
     /// Tells sessions whose attachment broke, moves the clock, forgets old stations. False: the switch has stopped.
     fn look_after(&self) -> bool {
         let (broken, age) = {
@@ -580,59 +369,26 @@ pub struct PortName<'a> {
     pub domain: Domain,
 }
 
-/// What a port's session holds of the switch.
-struct Handle {
-    switch: Weak<Switch>,
-    id: PortId,
-    generation: u16,
-}
-
-impl Handle {
-    /// The switch, if this port is still the owner of its number.
-    fn switch(&self) -> Option<Arc<Switch>> {
-        let switch = self.switch.upgrade()?;
-        let mine = lock(&switch.state)
-            .port(self.id)
-            .is_some_and(|port| port.generation == self.generation);
-        mine.then_some(switch)
-    }
-}
-
-impl PortHandle for Handle {
-    fn attach(&self, rings: Rings) -> Result<()> {
-        self.switch()
-            .context("the port is gone")?
-            .attach(self.id, rings)
-    }
-
-    fn detach(&self) -> Rings {
-        match self.switch() {
-            Some(switch) => switch.detach(self.id),
-            None => Rings {
-                from_guest: Vec::new(),
-                to_guest: Vec::new(),
-            },
-        }
-    }
-
-    fn report(&self, report: SessionReport) {
-        if let Some(switch) = self.switch() {
-            switch.report(self.id, report);
-        }
-    }
-}
-
 impl State {
-    fn port(&mut self, id: PortId) -> Option<&mut Port> {
+    pub(super) fn port(&mut self, id: PortId) -> Option<&mut Port> {
         self.ports.get_mut(usize::from(id.0))?.as_mut()
     }
 
-    fn by_name(&mut self, name: &str) -> Result<&mut Port, Refusal> {
-        let known: Vec<&str> = self.ports.iter().flatten().map(|port| port.spec.name.as_str()).collect();
+    pub(super) fn by_name(&mut self, name: &str) -> Result<&mut Port, Refusal> {
+        let known: Vec<&str> = self
+            .ports
+            .iter()
+            .flatten()
+            .map(|port| port.spec.name.as_str())
+            .collect();
         if !known.contains(&name) {
             return Err(Refusal::no_port(name, &known));
         }
-        let port = self.ports.iter_mut().flatten().find(|port| port.spec.name == name);
+        let port = self
+            .ports
+            .iter_mut()
+            .flatten()
+            .find(|port| port.spec.name == name);
         port.ok_or_else(|| Refusal::NotFound(format!("there is no port {name:?}")))
     }
 
@@ -644,7 +400,10 @@ impl State {
             .position(Option::is_none)
             .unwrap_or(self.ports.len());
         if number == PORTS_MAX {
-            return Err(Refusal::Conflict(format!("port {:?}: the switch has its {PORTS_MAX} ports: delete one first", spec.name)));
+            return Err(Refusal::Conflict(format!(
+                "port {:?}: the switch has its {PORTS_MAX} ports: delete one first",
+                spec.name
+            )));
         }
         if number == self.ports.len() {
             self.ports.push(None);
@@ -698,7 +457,7 @@ fn worker_for(spec: &PortSpec, number: usize, pair: usize, workers: &[WorkerHand
 }
 
 impl Port {
-    fn exit(&self) -> Option<Exit> {
+    pub(super) fn exit(&self) -> Option<Exit> {
         let queues: Vec<Arc<dyn TxQueue>> = self
             .pairs
             .iter()
@@ -712,7 +471,7 @@ impl Port {
         })
     }
 
-    fn counters(&self) -> Counters {
+    pub(super) fn counters(&self) -> Counters {
         let mut sum = Counters::default();
         for pair in &self.pairs {
             sum += &received(&pair.rx);
@@ -720,32 +479,6 @@ impl Port {
         }
         sum
     }
-}
-
-fn received(counted: &QueueCounters) -> Counters {
-    Counters {
-        received: counted.frames(),
-        received_bytes: counted.bytes(),
-        replicated: counted.replicated(),
-        dropped: dropped(counted),
-        ..Counters::default()
-    }
-}
-
-fn sent(counted: &QueueCounters) -> Counters {
-    Counters {
-        sent: counted.frames(),
-        sent_bytes: counted.bytes(),
-        dropped: dropped(counted),
-        ..Counters::default()
-    }
-}
-
-fn dropped(counted: &QueueCounters) -> BTreeMap<String, u64> {
-    let named = Reason::ALL
-        .iter()
-        .map(|reason| (reason.name().to_owned(), counted.dropped(*reason)));
-    named.filter(|(_, frames)| *frames > 0).collect()
 }
 
 fn when_idle(idle: state::Idle) -> Idle {
@@ -810,6 +543,6 @@ fn failed(error: impl std::fmt::Display) -> Refusal {
 }
 
 /// A control thread that panicked has changed nothing half: every change below a lock is a plain assignment.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,0 +1,168 @@
+//! Carries rings between the ports' sessions and the workers.
+
+use std::sync::{Arc, Weak};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+use super::port_handle::{PortHandle, Rings, SessionReport};
+use super::state::PortState;
+use super::switch::{Port, State, Switch, lock};
+use crate::dataplane::fdb::Flush;
+use crate::dataplane::mailbox::QueueId;
+use crate::dataplane::port_set::{PortId, Topology};
+use crate::dataplane::worker::{RxSlot, Source};
+use crate::port::shared;
+use crate::port::vhost::FromGuest;
+
+impl Switch {
+    /// Shows the workers which ports can be sent to now. When it returns, nobody uses the old picture.
+    fn show(&self, state: &mut State) -> Result<()> {
+        let exits = state
+            .ports
+            .iter()
+            .map(|port| port.as_ref().and_then(Port::exit))
+            .collect();
+        state.topology = Arc::new(Topology::new(exits));
+        for worker in &self.workers {
+            drop(worker.mailbox.show(state.topology.clone())?);
+        }
+        Ok(())
+    }
+
+    fn attach(&self, id: PortId, rings: Rings) -> Result<()> {
+        let mut state = lock(&self.state);
+        let Some(port) = state.port(id) else {
+            bail!("the port is gone")
+        };
+        let mut slots = Vec::new();
+        for (pair, queue) in rings.from_guest {
+            let Some(entry) = port.pairs.get_mut(usize::from(pair)) else {
+                continue;
+            };
+            entry.polled = true;
+            port.poison = Some(queue.poison().clone());
+            let source = Source {
+                id: QueueId { port: id, pair },
+                domain: port.domain,
+                generation: port.generation,
+                counters: entry.rx.clone(),
+            };
+            let slot = RxSlot {
+                source,
+                queue: Box::new(queue),
+            };
+            slots.push((entry.worker, Box::new(slot)));
+        }
+        for (pair, queue) in rings.to_guest {
+            let Some(entry) = port.pairs.get_mut(usize::from(pair)) else {
+                continue;
+            };
+            port.poison = Some(queue.poison().clone());
+            entry.exit = Some(Arc::new(shared::Shared::new(queue, entry.tx.clone())));
+        }
+        self.show(&mut state)?;
+        for (worker, slot) in slots {
+            self.workers[worker].mailbox.attach(slot)?;
+        }
+        Ok(())
+    }
+
+    /// Takes a port's rings back: first nobody sends to it any more, then nobody polls it.
+    pub(super) fn detach(&self, id: PortId) -> Rings {
+        let mut rings = Rings {
+            from_guest: Vec::new(),
+            to_guest: Vec::new(),
+        };
+        let mut state = lock(&self.state);
+        let Some(port) = state.port(id) else {
+            return rings;
+        };
+        port.poison = None;
+        let mut exits = Vec::new();
+        for (number, pair) in port.pairs.iter_mut().enumerate() {
+            exits.extend(pair.exit.take().map(|exit| (number as u16, exit)));
+            if std::mem::take(&mut pair.polled) {
+                let queue = QueueId {
+                    port: id,
+                    pair: number as u16,
+                };
+                if let Ok(Some(slot)) = self.workers[pair.worker].mailbox.detach(queue) {
+                    let queue: Box<dyn std::any::Any> = slot.queue;
+                    rings.from_guest.extend(
+                        queue
+                            .downcast::<FromGuest>()
+                            .ok()
+                            .map(|queue| (number as u16, *queue)),
+                    );
+                }
+            }
+        }
+        if !exits.is_empty() && self.show(&mut state).is_err() {
+            return rings; // the workers have stopped: whatever they hold goes with them
+        }
+        for (number, exit) in exits {
+            // The workers have handed back every picture in which this exit stood.
+            rings
+                .to_guest
+                .extend(Arc::into_inner(exit).map(|exit| (number, exit.into_inner())));
+        }
+        rings
+    }
+
+    fn report(&self, id: PortId, report: SessionReport) {
+        let mut state = lock(&self.state);
+        let Some(port) = state.port(id) else { return };
+        let up = |state| matches!(state, PortState::Connected | PortState::Forwarding);
+        if port.report.state != report.state {
+            port.since = Instant::now();
+            port.connects += u64::from(up(report.state) && !up(port.report.state));
+            if up(port.report.state) && !up(report.state) {
+                self.shared.fdb.flush(Flush::Port(id));
+            }
+        }
+        port.report = report;
+    }
+}
+
+/// What a port's session holds of the switch.
+pub(super) struct Handle {
+    pub(super) switch: Weak<Switch>,
+    pub(super) id: PortId,
+    pub(super) generation: u16,
+}
+
+impl Handle {
+    /// The switch, if this port is still the owner of its number.
+    fn switch(&self) -> Option<Arc<Switch>> {
+        let switch = self.switch.upgrade()?;
+        let mine = lock(&switch.state)
+            .port(self.id)
+            .is_some_and(|port| port.generation == self.generation);
+        mine.then_some(switch)
+    }
+}
+
+impl PortHandle for Handle {
+    fn attach(&self, rings: Rings) -> Result<()> {
+        self.switch()
+            .context("the port is gone")?
+            .attach(self.id, rings)
+    }
+
+    fn detach(&self) -> Rings {
+        match self.switch() {
+            Some(switch) => switch.detach(self.id),
+            None => Rings {
+                from_guest: Vec::new(),
+                to_guest: Vec::new(),
+            },
+        }
+    }
+
+    fn report(&self, report: SessionReport) {
+        if let Some(switch) = self.switch() {
+            switch.report(self.id, report);
+        }
+    }
+}
