@@ -1,2 +1,47 @@
-//! Measures vhost-user switches side by side.
-fn main() {}
+//! `ringway-bench`: measures vhost-user switches side by side.
+
+mod client;
+mod compare;
+mod console;
+mod host;
+mod interrupt;
+mod output;
+mod peers;
+mod process;
+mod rows;
+mod sample;
+mod sentinel;
+mod watch;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Measures vhost-user switches side by side, and says how far its numbers can be trusted.
+#[derive(Debug, Parser)]
+#[command(name = "ringway-bench", version)]
+struct Arguments {
+    #[command(subcommand)]
+    mode: Mode,
+}
+
+#[derive(Debug, Subcommand)]
+enum Mode {
+    Compare(compare::Compare),
+    Sentinel(watch::Watch),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let result = interrupt::listen().and_then(|()| match &arguments.mode {
+        Mode::Compare(options) => compare::run(options),
+        Mode::Sentinel(options) => watch::run(options),
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ringway-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,424 @@
+//! `ringway-bench compare`: all switches of a group started once and all but one stopped, each measured in turn, the
+//! order reversed every round, so that all of them see the same minutes.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use crate::client::{Cpus, connect_idle};
+use crate::console::{Console, TESTPMD, TESTPMD_MISSING};
+use crate::host::{Host, hugepages_hint};
+use crate::interrupt::Interrupted;
+use crate::output;
+use crate::peers::{self, Peer, Place, Setup, Switch};
+use crate::process::{find, pin};
+use crate::rows::{self, Group, Row};
+use crate::sample::{Rig, Sample, Wanted, visit};
+use crate::sentinel::tsc_hz;
+
+/// Compares switches side by side: the same client, the same two cores, the same minutes.
+///
+/// Starts Ringway, OVS-DPDK and testpmd (vhost ports, `io` forwarding: no switching at all) on one core, stops all but
+/// one, and measures each in turn with the same testpmd client on another core. Before and after every sample a
+/// sentinel measures how far apart the two cores are right now; samples during which that changed, or for which a
+/// process did not get its core, are named and left out. Near and far samples are never mixed.
+///
+/// What is measured is what the client received per second, both ports added. It is a closed loop: the client may be
+/// the limit. Look at the cycles per frame of switch and client too.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Compare {
+    /// What to measure: names separated by commas, or "all". See --list-rows
+    #[arg(long, value_name = "NAMES", default_value = rows::DEFAULT)]
+    rows: String,
+    /// Print the names of all rows, and end
+    #[arg(long)]
+    list_rows: bool,
+    /// Only these switches: ringway, ovs, testpmd, vpp
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    only: Vec<String>,
+    /// How often every switch is visited for every row
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: u32,
+    /// Length of a sample; short ones have better chances to see one placement only
+    #[arg(long, default_value_t = 2.0, value_parser = seconds)]
+    seconds: f64,
+    /// The placement of the two cores to wait for
+    #[arg(long, value_enum, default_value = "near")]
+    placement: Wanted,
+    /// The CPU of the switch
+    #[arg(long, value_name = "CPU", default_value_t = 0)]
+    switch_cpu: usize,
+    /// The CPU of the client's forwarding core
+    #[arg(long, value_name = "CPU", default_value_t = 1)]
+    client_cpu: usize,
+    /// The CPU of all else [default: a third one if there is one, otherwise the switch's]
+    #[arg(long, value_name = "CPU")]
+    control_cpu: Option<usize>,
+    /// The ringway binary [default: the one beside ringway-bench, then PATH]
+    #[arg(long, value_name = "PATH")]
+    ringway: Option<PathBuf>,
+    /// The vpp binary: VPP joins the comparison
+    #[arg(long, value_name = "PATH")]
+    vpp: Option<PathBuf>,
+    /// Write every sample and the summary as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the tables as Markdown
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.2..=60.0).contains(&seconds) => Ok(seconds),
+        _ => Err("must be between 0.2 and 60".to_owned()),
+    }
+}
+
+/// Everything that a run found out.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report {
+    pub(crate) version: &'static str,
+    pub(crate) command: Vec<String>,
+    /// Seconds since 1970.
+    pub(crate) started: u64,
+    pub(crate) host: Host,
+    pub(crate) cpus: [usize; 3],
+    pub(crate) rounds: u32,
+    pub(crate) seconds: f64,
+    /// Whether all rounds were measured.
+    pub(crate) complete: bool,
+    pub(crate) rows: Vec<&'static str>,
+    pub(crate) peers: Vec<Version>,
+    /// What was left out, and why.
+    pub(crate) left_out: Vec<String>,
+    /// What went wrong on the way.
+    pub(crate) failures: Vec<String>,
+    pub(crate) samples: Vec<Sample>,
+}
+
+/// A switch (or the client) and what its binary calls itself.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Version {
+    pub(crate) name: &'static str,
+    pub(crate) version: String,
+}
+
+/// Runs the subcommand.
+pub(crate) fn run(options: &Compare) -> Result<()> {
+    if options.list_rows {
+        for row in rows::ROWS {
+            println!("{:<14} {}", row.name, row.title);
+        }
+        return Ok(());
+    }
+    let rows = rows::parse(&options.rows)?;
+    let rig_directory = tempfile::Builder::new()
+        .prefix("rwb")
+        .tempdir()
+        .context("a directory for sockets")?;
+    let rig = rig(options, rig_directory.path())?;
+    let (peers, left_out) = available(options)?;
+    let mut report = Report {
+        version: env!("CARGO_PKG_VERSION"),
+        command: std::env::args().collect(),
+        started: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs(),
+        host: Host::look(rig.tsc_hz),
+        cpus: [rig.cpus.switch, rig.cpus.client, rig.cpus.control],
+        rounds: options.rounds,
+        seconds: options.seconds,
+        complete: true,
+        rows: rows.iter().map(|row| row.name).collect(),
+        peers: Vec::new(),
+        left_out,
+        failures: Vec::new(),
+        samples: Vec::new(),
+    };
+    for line in &report.left_out {
+        eprintln!("left out: {line}");
+    }
+    let visits = options.rounds as usize * rows.len() * peers.len();
+    let mut run = Run {
+        rig,
+        peers,
+        report: &mut report,
+        bar: progress(visits),
+    };
+    let result = run.all_groups(&rows, options.rounds);
+    run.bar.finish_and_clear();
+    if let Err(error) = result {
+        report.complete = false;
+        if !error.is::<Interrupted>() {
+            report.failures.push(format!("{error:#}"));
+        }
+    }
+    finish(options, &report)
+}
+
+/// Prints and writes what there is; a run that measured nothing at all is an error.
+fn finish(options: &Compare, report: &Report) -> Result<()> {
+    print!("{}", output::text(report));
+    if let Some(path) = &options.json {
+        let mut text = serde_json::to_string_pretty(&output::json(report))?;
+        text.push('\n');
+        std::fs::write(path, text).with_context(|| path.display().to_string())?;
+    }
+    if let Some(path) = &options.markdown {
+        std::fs::write(path, output::markdown(report))
+            .with_context(|| path.display().to_string())?;
+    }
+    if report.samples.is_empty() {
+        bail!("nothing was measured");
+    }
+    Ok(())
+}
+
+fn rig(options: &Compare, directory: &Path) -> Result<Rig> {
+    if find(TESTPMD).is_none() {
+        bail!("the client: {TESTPMD_MISSING}");
+    }
+    let (switch, client) = (options.switch_cpu, options.client_cpu);
+    if switch == client {
+        bail!("--switch-cpu and --client-cpu: both are CPU {switch}; a measurement takes two");
+    }
+    let third = (0..)
+        .take(std::thread::available_parallelism()?.get())
+        .find(|cpu| ![switch, client].contains(cpu));
+    let control = options.control_cpu.or(third).unwrap_or(switch);
+    if control == client {
+        bail!("--control-cpu: CPU {client} is the client's");
+    }
+    for cpu in [switch, client, control] {
+        pin(&[cpu]).with_context(|| format!("CPU {cpu}: cannot be used"))?;
+    }
+    Ok(Rig {
+        cpus: Cpus {
+            switch,
+            client,
+            control,
+        },
+        time: Duration::from_secs_f64(options.seconds),
+        wanted: options.placement,
+        directory: directory.to_owned(),
+        tsc_hz: tsc_hz(),
+    })
+}
+
+/// The switches that can be started, and a sentence for each that cannot.
+fn available(options: &Compare) -> Result<(Vec<Box<dyn Peer>>, Vec<String>)> {
+    let mut peers = peers::all(options.ringway.as_deref(), options.vpp.as_deref());
+    for name in &options.only {
+        if name == "vpp" && options.vpp.is_none() {
+            bail!("--only vpp: --vpp PATH must name its binary");
+        }
+        if !peers.iter().any(|peer| peer.name() == name) {
+            bail!("--only: there is no switch {name:?}; there are: ringway, ovs, testpmd, vpp");
+        }
+    }
+    peers.retain(|peer| {
+        options.only.is_empty() || options.only.iter().any(|name| name == peer.name())
+    });
+    let left_out: Vec<_> = peers.iter().filter_map(|peer| peer.missing()).collect();
+    peers.retain(|peer| peer.missing().is_none());
+    if peers.is_empty() {
+        bail!("no switch to measure: {}", left_out.join("; "));
+    }
+    Ok((peers, left_out))
+}
+
+fn progress(visits: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} (left {eta})  {msg}");
+    let bar = ProgressBar::new(visits as u64);
+    style
+        .map(|style| bar.clone().with_style(style))
+        .unwrap_or(bar)
+}
+
+/// A switch that runs, mostly stopped, with the silent clients on its idle ports.
+struct Instance {
+    peer: usize,
+    setup: Setup,
+    // Dropped in this order: clients before their switch.
+    idle: Vec<Console>,
+    switch: Box<dyn Switch>,
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        // The farewell of a client needs a running switch.
+        let _ = self.switch.proc().resume();
+        for client in &mut self.idle {
+            client.quit();
+        }
+    }
+}
+
+struct Run<'r> {
+    rig: Rig,
+    peers: Vec<Box<dyn Peer>>,
+    report: &'r mut Report,
+    bar: ProgressBar,
+}
+
+impl Run<'_> {
+    fn all_groups(&mut self, rows: &[Row], rounds: u32) -> Result<()> {
+        for group in Group::ALL {
+            let rows: Vec<_> = rows
+                .iter()
+                .copied()
+                .filter(|row| row.group == group)
+                .collect();
+            if rows.is_empty() {
+                continue;
+            }
+            let mut instances = self.start(&rows)?;
+            for round in 1..=rounds {
+                self.round(&rows, round, &mut instances)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One visit to every switch for every row.
+    fn round(&mut self, rows: &[Row], round: u32, instances: &mut Vec<Instance>) -> Result<()> {
+        for &row in rows {
+            let mut order: Vec<_> = (0..self.peers.len()).collect();
+            if round % 2 == 0 {
+                order.reverse();
+            }
+            for peer in order {
+                let setup = Setup::of(&row);
+                if let Some(at) = instances
+                    .iter()
+                    .position(|it| it.peer == peer && it.setup == setup)
+                    && !self.visit(row, round, &mut instances[at])?
+                {
+                    drop(instances.swap_remove(at));
+                }
+                self.bar.inc(1);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the switch is still there afterwards.
+    fn visit(&mut self, row: Row, round: u32, instance: &mut Instance) -> Result<bool> {
+        let name = self.peers[instance.peer].name();
+        self.bar
+            .set_message(format!("round {round}: {} on {name}", row.name));
+        let mut client = String::new();
+        let visited = visit(
+            &self.rig,
+            row,
+            name,
+            round,
+            &mut *instance.switch,
+            &mut client,
+        );
+        self.note_version("client", &client);
+        match visited {
+            Ok(samples) => {
+                for sample in samples {
+                    self.say(&output::line(&sample));
+                    self.report.samples.push(sample);
+                }
+                Ok(true)
+            }
+            Err(error) if error.is::<Interrupted>() => Err(error),
+            Err(error) => {
+                let failure = format!("round {round}, {} on {name}: {error:#}", row.name);
+                self.say(&failure);
+                self.report.failures.push(failure);
+                let alive =
+                    Path::new(&format!("/proc/{}/exe", instance.switch.proc().pid())).exists();
+                if !alive {
+                    self.report
+                        .failures
+                        .push(format!("{name} ended; it is left out from here on"));
+                }
+                Ok(alive)
+            }
+        }
+    }
+
+    /// Starts what the rows need. A switch that does not start is left out.
+    fn start(&mut self, rows: &[Row]) -> Result<Vec<Instance>> {
+        let mut instances: Vec<Instance> = Vec::new();
+        for row in rows {
+            let setup = Setup::of(row);
+            for peer in 0..self.peers.len() {
+                let name = self.peers[peer].name();
+                if let Some(reason) = self.peers[peer].cannot(row) {
+                    self.leave_out(format!("{name} in {}: {reason}", row.name));
+                    continue;
+                }
+                if instances
+                    .iter()
+                    .any(|it| it.peer == peer && it.setup == setup)
+                {
+                    continue;
+                }
+                self.bar
+                    .set_message(format!("starting {name} with {} ports", setup.ports));
+                match self.start_one(peer, setup) {
+                    Ok(instance) => instances.push(instance),
+                    Err(error) if error.is::<Interrupted>() => return Err(error),
+                    Err(error) => self.leave_out(format!("{name}: {error:#}{}", hugepages_hint())),
+                }
+            }
+        }
+        if instances.is_empty() {
+            bail!("no switch could be started");
+        }
+        Ok(instances)
+    }
+
+    fn start_one(&mut self, peer: usize, setup: Setup) -> Result<Instance> {
+        let place = Place {
+            directory: self.rig.directory.clone(),
+            cpus: self.rig.cpus,
+        };
+        let switch = self.peers[peer].start(setup, &place)?;
+        self.note_version(self.peers[peer].name(), switch.version());
+        let idle = connect_idle(&switch.sockets()[2..], self.rig.cpus)?;
+        switch.proc().pause()?;
+        Ok(Instance {
+            peer,
+            setup,
+            idle,
+            switch,
+        })
+    }
+
+    fn note_version(&mut self, name: &'static str, version: &str) {
+        if !version.is_empty() && !self.report.peers.iter().any(|known| known.name == name) {
+            self.report.peers.push(Version {
+                name,
+                version: version.to_owned(),
+            });
+        }
+    }
+
+    fn leave_out(&mut self, line: String) {
+        if !self.report.left_out.contains(&line) {
+            self.say(&format!("left out: {line}"));
+            self.report.left_out.push(line);
+        }
+    }
+
+    /// A line above the progress bar, or in the log.
+    fn say(&self, line: &str) {
+        if std::io::stderr().is_terminal() {
+            self.bar.println(line);
+        } else {
+            eprintln!("{line}");
+        }
+    }
+}

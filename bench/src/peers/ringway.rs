@@ -1,0 +1,240 @@
+//! Ringway itself, as a user starts it.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use super::{Peer, Place, Setup, Switch, Work, output, wait_for_sockets};
+use crate::client::DESTINATION;
+use crate::process::{Proc, command, find};
+use crate::rows::{Row, Traffic};
+
+pub(crate) struct Ringway {
+    binary: Option<PathBuf>,
+}
+
+impl Ringway {
+    /// With the binary named, or the one beside the running `ringway-bench`, or the one in `PATH`.
+    pub(crate) fn new(named: Option<&Path>) -> Self {
+        let beside = std::env::current_exe()
+            .ok()
+            .map(|own| own.with_file_name("ringway"));
+        let binary = match named {
+            Some(path) => Some(path.to_owned()),
+            None => beside
+                .filter(|path| path.is_file())
+                .or_else(|| find("ringway")),
+        };
+        Self { binary }
+    }
+}
+
+impl Peer for Ringway {
+    fn name(&self) -> &'static str {
+        "ringway"
+    }
+
+    fn missing(&self) -> Option<String> {
+        match &self.binary {
+            None => Some(
+                "ringway is not built: cargo build --release (or name it with --ringway PATH)"
+                    .to_owned(),
+            ),
+            Some(path) if !path.is_file() => {
+                Some(format!("ringway: {}: no such file", path.display()))
+            }
+            Some(_) => None,
+        }
+    }
+
+    fn start(&self, setup: Setup, place: &Place) -> Result<Box<dyn Switch>> {
+        let Some(binary) = self.binary.clone() else {
+            bail!("ringway is not built")
+        };
+        let directory = place.own("r", setup)?;
+        let sockets: Vec<_> = (0..setup.ports)
+            .map(|port| directory.join(port.to_string()))
+            .collect();
+        let api = directory.join("api");
+        let log = directory.join("log");
+        let file = directory.join("ringway.toml");
+        std::fs::write(
+            &file,
+            configuration(&sockets, setup.stations, place.cpus.switch),
+        )?;
+        let mut ringway = command(&binary);
+        ringway
+            .arg("run")
+            .arg("--config")
+            .arg(&file)
+            .arg("--api")
+            .arg(&api);
+        ringway
+            .stdin(Stdio::null())
+            .stdout(File::create(&log)?)
+            .stderr(File::options().append(true).open(&log)?);
+        let mut proc = Proc::start(
+            "ringway",
+            &[place.cpus.switch, place.cpus.control],
+            &mut ringway,
+        )?;
+        wait_for_sockets(&mut proc, &sockets, &log)?;
+        wait_for_sockets(&mut proc, std::slice::from_ref(&api), &log)?;
+        let version = output(Command::new(&binary).arg("--version"))?
+            .trim()
+            .to_owned();
+        Ok(Box::new(Running {
+            proc,
+            binary,
+            sockets,
+            api,
+            version,
+        }))
+    }
+}
+
+/// What an operator would write; only the table for many stations is not the default.
+fn configuration(sockets: &[PathBuf], stations: bool, cpu: usize) -> String {
+    let mut text = format!("workers = [{cpu}]\n");
+    if stations {
+        text += "[fdb]\ncapacity = 1000000\n";
+    }
+    for (port, socket) in sockets.iter().enumerate() {
+        text += &format!(
+            "[[port]]\nname = \"p{port}\"\ntype = \"vhost-user\"\nsocket = \"{}\"\n",
+            socket.display()
+        );
+    }
+    text
+}
+
+struct Running {
+    proc: Proc,
+    binary: PathBuf,
+    sockets: Vec<PathBuf>,
+    api: PathBuf,
+    version: String,
+}
+
+impl Running {
+    fn ask(&self, arguments: &[&str]) -> Result<String> {
+        output(
+            Command::new(&self.binary)
+                .args(arguments)
+                .arg("--api")
+                .arg(&self.api),
+        )
+    }
+}
+
+impl Switch for Running {
+    fn sockets(&self) -> &[PathBuf] {
+        &self.sockets
+    }
+
+    fn proc(&self) -> &Proc {
+        &self.proc
+    }
+
+    fn version(&self) -> &str {
+        &self.version
+    }
+
+    fn prepare(&mut self, row: &Row) -> Result<()> {
+        if let Traffic::Stations(_) = row.traffic {
+            let mac = DESTINATION.map(|byte| format!("{byte:02x}")).join(":");
+            self.ask(&["fdb", "flush"])?;
+            self.ask(&["fdb", "add", &mac, "p1"])?;
+        }
+        Ok(())
+    }
+
+    fn work(&mut self) -> Result<Option<Work>> {
+        let answer = fetch(&self.api, "/v1/workers")?;
+        Ok(Some(work(&answer).with_context(|| {
+            format!("ringway: cannot read its workers:\n{answer}")
+        })?))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.proc.terminate();
+    }
+}
+
+/// What `curl --unix-socket` does, without starting a process on a CPU that is being measured.
+fn fetch(api: &Path, path: &str) -> Result<Value> {
+    let conversation = || -> Result<Value> {
+        let mut stream = UnixStream::connect(api)?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        write!(
+            stream,
+            "GET {path} HTTP/1.0\r\nHost: ringway\r\nConnection: close\r\n\r\n"
+        )?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
+        if !head
+            .lines()
+            .next()
+            .is_some_and(|line| line.contains(" 200 "))
+        {
+            bail!("{}", head.lines().next().unwrap_or_default());
+        }
+        Ok(serde_json::from_str(body)?)
+    };
+    conversation().with_context(|| format!("ringway: {path}"))
+}
+
+/// Adds the workers up.
+fn work(workers: &Value) -> Option<Work> {
+    let mut sum = Work {
+        frames: 0,
+        busy: 0.0,
+        all: Some(0.0),
+    };
+    for worker in workers.as_array()? {
+        sum.frames += worker["counters"]["received"].as_u64()?;
+        sum.busy += worker["busy_cycles"].as_f64()?;
+        sum.all = Some(sum.all? + worker["cycles"].as_f64()?);
+    }
+    Some(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn adds_the_workers_frames_and_cycles_up() {
+        let worker = json!({"cpu": 0, "cycles": 1000, "busy_cycles": 400, "counters": {"received": 10, "sent": 9}});
+        let expected = Work {
+            frames: 20,
+            busy: 800.0,
+            all: Some(2000.0),
+        };
+        assert_eq!(work(&json!([worker, worker])), Some(expected));
+        assert_eq!(work(&json!([{"cpu": 0}])), None);
+        assert_eq!(work(&json!({"error": "no"})), None);
+    }
+
+    #[test]
+    fn the_configuration_names_every_port_and_a_large_table_only_where_needed() {
+        let sockets = [PathBuf::from("/t/0"), PathBuf::from("/t/1")];
+        let plain = configuration(&sockets, false, 3);
+        assert_eq!(plain.matches("[[port]]").count(), 2);
+        assert!(
+            plain.starts_with("workers = [3]\n") && plain.contains("socket = \"/t/1\""),
+            "{plain}"
+        );
+        assert!(!plain.contains("[fdb]") && configuration(&sockets, true, 3).contains("[fdb]"));
+    }
+}

@@ -1,0 +1,117 @@
+//! testpmd with two vhost ports and `io` forwarding: the vhost library, buffers and bursts of 32, and no lookup. It is
+//! the switch that does not switch.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use super::{Peer, Place, Setup, Switch, Work};
+use crate::console::{Console, TESTPMD, TESTPMD_MISSING};
+use crate::process::{Proc, find};
+use crate::rows::Row;
+
+/// DPDK has room for 32 devices in a process.
+const PORTS_MAX: usize = 32;
+
+pub(crate) struct Testpmd;
+
+impl Peer for Testpmd {
+    fn name(&self) -> &'static str {
+        "testpmd"
+    }
+
+    fn missing(&self) -> Option<String> {
+        find(TESTPMD).is_none().then(|| TESTPMD_MISSING.to_owned())
+    }
+
+    fn cannot(&self, row: &Row) -> Option<String> {
+        (row.ports > PORTS_MAX).then(|| format!("DPDK has room for {PORTS_MAX} ports in a process"))
+    }
+
+    fn start(&self, setup: Setup, place: &Place) -> Result<Box<dyn Switch>> {
+        let directory = place.own("t", setup)?;
+        let sockets: Vec<_> = (0..setup.ports)
+            .map(|port| directory.join(port.to_string()))
+            .collect();
+        let cpu = place.cpus.switch;
+        let mut arguments: Vec<_> = format!(
+            "--lcores 0@{cpu},1@{cpu} --main-lcore 0 --no-pci --in-memory --socket-mem 256 --file-prefix=rwbs{} --no-telemetry",
+            setup.tag()
+        )
+        .split_whitespace()
+        .map(str::to_owned)
+        .collect();
+        for (port, socket) in sockets.iter().enumerate() {
+            arguments.push(format!(
+                "--vdev=net_vhost{port},iface={},queues=1",
+                socket.display()
+            ));
+        }
+        let common = [
+            "--",
+            "-i",
+            "--nb-cores=1",
+            "--txd=1024",
+            "--rxd=1024",
+            "--forward-mode=io",
+        ];
+        arguments.extend(common.map(str::to_owned));
+        if setup.jumbo {
+            arguments.push("--mbuf-size=9728".to_owned());
+        }
+        let mut console = Console::start("testpmd (as a switch)", &[cpu], &arguments)?;
+        console.tell("start")?;
+        Ok(Box::new(Running {
+            console,
+            sockets,
+            records: false,
+        }))
+    }
+}
+
+struct Running {
+    console: Console,
+    sockets: Vec<PathBuf>,
+    records: bool,
+}
+
+impl Switch for Running {
+    fn sockets(&self) -> &[PathBuf] {
+        &self.sockets
+    }
+
+    fn proc(&self) -> &Proc {
+        self.console.proc()
+    }
+
+    fn version(&self) -> &str {
+        self.console.version()
+    }
+
+    fn prepare(&mut self, row: &Row) -> Result<()> {
+        // Two readings of the clock per burst are nothing for a burst of 32 and a good part of a burst of one.
+        self.records = !row.traffic.is_hop();
+        self.console.tell(&format!(
+            "set record-core-cycles {}",
+            if self.records { "on" } else { "off" }
+        ))
+    }
+
+    fn work(&mut self) -> Result<Option<Work>> {
+        if !self.records {
+            return Ok(None);
+        }
+        let forwarded = self.console.forwarded()?;
+        Ok(forwarded.cycles.map(|cycles| Work {
+            frames: forwarded.rx,
+            busy: cycles as f64,
+            all: None,
+        }))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.console.quit();
+    }
+}
