@@ -93,13 +93,24 @@ impl OwnedSocket {
     }
 }
 
-impl Drop for OwnedSocket {
-    fn drop(&mut self) {
-        // Only our own: somebody may have put another one there meanwhile.
+impl OwnedSocket {
+    /// Whether the socket is still where it was made.
+    pub fn in_place(&self) -> bool {
         let now = fs::symlink_metadata(&self.path).map(|file| (file.dev(), file.ino()));
-        if now.is_ok_and(|file| file == self.file) {
+        now.is_ok_and(|file| file == self.file)
+    }
+
+    /// Removes its file: only our own, somebody may have put another one there meanwhile.
+    pub fn remove_file(&self) {
+        if self.in_place() {
             let _ = fs::remove_file(&self.path);
         }
+    }
+}
+
+impl Drop for OwnedSocket {
+    fn drop(&mut self) {
+        self.remove_file();
     }
 }
 

@@ -216,8 +216,15 @@ mod tests {
         let fd = event(); // without O_NONBLOCK
         rustix::io::write(&fd, &(u64::MAX - 1).to_ne_bytes()).expect("filled");
         let mut writable = [PollFd::new(&fd, PollFlags::OUT)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        assert_eq!(poll(&mut writable, Some(&now)), Ok(0), "write(2) would block");
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        assert_eq!(
+            poll(&mut writable, Some(&now)),
+            Ok(0),
+            "write(2) would block"
+        );
         let call = Call::new(fd).expect("an eventfd");
         let start = Instant::now();
         for _ in 0..1_000 {
@@ -234,7 +241,10 @@ mod tests {
         let fd = event();
         assert!(is_eventfd(fd.as_fd()).expect("AIO"));
         let mut readable = [PollFd::new(&fd, PollFlags::IN)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
         assert_eq!(poll(&mut readable, Some(&now)), Ok(0));
     }
 
@@ -250,7 +260,8 @@ mod tests {
             rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).expect("a memfd"),
             std::fs::File::open("/dev/zero").expect("a device").into(),
             std::fs::File::open("/").expect("a directory").into(),
-            rustix::event::epoll::create(rustix::event::epoll::CreateFlags::CLOEXEC).expect("an epoll"),
+            rustix::event::epoll::create(rustix::event::epoll::CreateFlags::CLOEXEC)
+                .expect("an epoll"),
         ];
         for fd in others {
             let refusal = Call::new(fd).expect_err("no eventfd");
@@ -279,10 +290,15 @@ mod tests {
             let time = |what: &str, act: &dyn Fn()| {
                 let start = Instant::now();
                 (0..200_000).for_each(|_| act());
-                println!("{round}: {what}: {} ns", start.elapsed().as_nanos() / 200_000);
+                println!(
+                    "{round}: {what}: {} ns",
+                    start.elapsed().as_nanos() / 200_000
+                );
                 read(&call);
             };
-            time("write(2)", &|| drop(rustix::io::write(&second, &1u64.to_ne_bytes())));
+            time("write(2)", &|| {
+                drop(rustix::io::write(&second, &1u64.to_ne_bytes()))
+            });
             time("Call::signal", &|| call.signal());
         }
     }

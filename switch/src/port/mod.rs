@@ -1,5 +1,7 @@
 //! Where frames enter and leave: the port types.
 
+pub mod call;
 pub mod doze;
 pub mod mem;
 pub mod shared;
+pub mod vhost;
