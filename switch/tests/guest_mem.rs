@@ -5,17 +5,17 @@
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use ringway::virtio::guest_fault;
 use ringway::virtio::guest_mem::{
     FillBudget, GuestMem, Hit, MapOptions, MemError, MemoryKind, Poison, PoisonCause, RegionSpec,
 };
+use ringway::virtio::{guest_fault, guest_mem};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 
 const PAGE: u64 = 4096;
@@ -363,7 +363,7 @@ fn translates_to_the_bytes_of_the_file() {
 fn a_table_that_grows_and_shrinks_keeps_host_addresses() {
     let _alone = alone();
     let (a, b) = (full_memfd(4 * PAGE), full_memfd(4 * PAGE));
-    let before = map_lines();
+    let before = map_lines(false);
     let first = map_one(&a, 4 * PAGE);
     let both = first.with_added(spec(&b, GPA << 1, 4 * PAGE)).unwrap();
     assert_eq!(at(&first, 9), at(&both, 9));
@@ -381,7 +381,7 @@ fn a_table_that_grows_and_shrinks_keeps_host_addresses() {
     // SAFETY: translated for eight bytes, and `second` is held.
     unsafe { in_b.as_ptr().write_volatile(1) };
     drop(second);
-    assert_eq!(map_lines(), before);
+    assert_eq!(map_lines(false), before);
 }
 
 #[test]
@@ -533,7 +533,7 @@ fn truncated_hugepages_poison_the_truncating_guest_alone() {
 #[test]
 fn a_hole_is_filled_while_the_budget_lasts_and_poisons_beyond() {
     let _alone = alone();
-    if !guest_fault::can_arm() {
+    if !guest_mem::can_arm() {
         eprintln!(
             "SKIPPED: no userfaultfd here (holes are allocated by the kernel, without limit)"
         );
@@ -577,7 +577,7 @@ fn truncation_with_an_empty_budget_is_named_as_what_it_is() {
 #[test]
 fn a_punched_page_costs_budget_and_then_the_port() {
     let _alone = alone();
-    if !guest_fault::can_arm() {
+    if !guest_mem::can_arm() {
         eprintln!("SKIPPED: no userfaultfd here");
         return;
     }
@@ -597,7 +597,7 @@ fn a_punched_page_costs_budget_and_then_the_port() {
 fn a_hole_in_hugepages_is_filled_from_the_budget() {
     let _alone = alone();
     let Some(file) = hugepages(4) else { return };
-    if !guest_fault::can_arm() {
+    if !guest_mem::can_arm() {
         eprintln!("SKIPPED: no userfaultfd here");
         return;
     }
@@ -665,13 +665,46 @@ fn minor_faults() -> i64 {
     }
 }
 
+#[test]
+fn a_memory_error_of_the_machine_costs_the_guest_that_has_the_page() {
+    let _alone = alone();
+    let file = full_memfd(2 * PAGE);
+    let mem = map_one(&file, 2 * PAGE);
+    write(&mem, 0, 1);
+    write(&mem, PAGE, 1);
+    // Raised by hand, as the kernel would: signal, errno, code, padding, address.
+    let mut info = [0u8; 128];
+    info[0..4].copy_from_slice(&libc::SIGBUS.to_ne_bytes());
+    info[8..12].copy_from_slice(&libc::BUS_MCEERR_AR.to_ne_bytes());
+    info[16..24].copy_from_slice(&(at(&mem, PAGE + 77).as_ptr() as u64).to_ne_bytes());
+    // SAFETY: a signal to this thread, with a siginfo of full size.
+    let done = unsafe {
+        let (pid, tid) = (libc::getpid(), libc::gettid());
+        libc::syscall(
+            libc::SYS_rt_tgsigqueueinfo,
+            pid,
+            tid,
+            libc::SIGBUS,
+            info.as_ptr(),
+        )
+    };
+    assert_eq!(done, 0);
+    assert_eq!(mem.poison().cause(), Some(PoisonCause::Hardware));
+    assert_eq!(
+        (read(&mem, 0), read(&mem, PAGE)),
+        (1, 0),
+        "the page was replaced, its neighbour not"
+    );
+}
+
 // ---- the process ----
 
-fn map_lines() -> usize {
+/// Lines of the process's map: areas of guests, and (with `guards`) those without access, which threads have too.
+fn map_lines(guards: bool) -> usize {
     std::fs::read_to_string("/proc/self/maps")
         .unwrap()
         .lines()
-        .filter(|l| l.contains("memfd") || l.contains("---p"))
+        .filter(|l| l.contains("memfd:guest") || guards && l.contains("---p"))
         .count()
 }
 
@@ -681,7 +714,17 @@ fn open_fds() -> usize {
 
 #[test]
 fn a_thousand_attachments_leave_nothing_behind() {
-    let _alone = alone();
+    // In a process without other tests' threads.
+    match std::env::var("GUEST_MEM_CHILD") {
+        Ok(_) => attach_a_thousand_times(),
+        Err(_) => {
+            let child = child("a_thousand_attachments_leave_nothing_behind", "");
+            assert!(child.success(), "{child}");
+        }
+    }
+}
+
+fn attach_a_thousand_times() {
     let files = [
         full_memfd(64 * PAGE),
         memfd(64 * PAGE),
@@ -709,9 +752,9 @@ fn a_thousand_attachments_leave_nothing_behind() {
         drop(more);
     };
     cycle(0);
-    let before = (map_lines(), open_fds());
+    let before = (map_lines(true), open_fds());
     (0..1000).for_each(cycle);
-    assert_eq!((map_lines(), open_fds()), before);
+    assert_eq!((map_lines(true), open_fds()), before);
     // Also after a recovery has split the mapping.
     let victim = full_memfd(64 * PAGE);
     let mem = map_one(&victim, 64 * PAGE);
@@ -719,7 +762,7 @@ fn a_thousand_attachments_leave_nothing_behind() {
     let _ = (read(&mem, 5 * PAGE), read(&mem, 9 * PAGE));
     drop(mem);
     drop(victim);
-    assert_eq!((map_lines(), open_fds()), before);
+    assert_eq!((map_lines(true), open_fds()), before);
 }
 
 #[test]
@@ -762,16 +805,19 @@ fn mappings_come_and_go_while_another_thread_recovers() {
     });
 }
 
-/// Runs this test again in a process of its own, where `how` tells it what to do; returns the signal it died of.
-fn signal_of_child(test: &str, how: &str) -> Option<i32> {
+/// Runs a test again in a process of its own, where `how` tells it what to do.
+fn child(test: &str, how: &str) -> ExitStatus {
     Command::new(std::env::current_exe().unwrap())
         .args(["--exact", test, "--nocapture"])
         .env("GUEST_MEM_CHILD", how)
         .stdout(Stdio::null())
-        .stderr(Stdio::null())
+        .stderr(if how.is_empty() {
+            Stdio::inherit()
+        } else {
+            Stdio::null()
+        })
         .status()
         .unwrap()
-        .signal()
 }
 
 #[test]
@@ -785,8 +831,8 @@ fn a_sigbus_that_is_not_a_guests_still_kills() {
             unsafe { libc::raise(libc::SIGBUS) };
         }
         _ => {
-            assert_eq!(signal_of_child(test, "fault"), Some(libc::SIGBUS));
-            assert_eq!(signal_of_child(test, "raise"), Some(libc::SIGBUS));
+            assert_eq!(child(test, "fault").signal(), Some(libc::SIGBUS));
+            assert_eq!(child(test, "raise").signal(), Some(libc::SIGBUS));
         }
     }
 }

@@ -31,7 +31,7 @@ use crate::dataplane::worker::{Idle, RxSlot, Shared, Worker};
 use crate::port::doze::Bed;
 use crate::port::shared;
 use crate::port::vhost::ToGuest;
-use crate::virtio::guest_fault::Poison;
+use crate::virtio::guest_mem::Poison;
 
 /// How often broken attachments are looked for, and the coarse clock is moved.
 const WATCH: Duration = Duration::from_millis(5);

@@ -13,7 +13,7 @@ use super::shared::{Sender, Sent};
 use crate::dataplane::counters::Reason;
 use crate::dataplane::frame::{BURST_MAX, Burst, SEGMENTS_MAX, Segment, Slots};
 use crate::dataplane::queue::RxQueue;
-use crate::virtio::guest_fault::Poison;
+use crate::virtio::guest_mem::Poison;
 use crate::virtio::ring::{BATCH, Buffer, Buffers, Fault, Lie, NET_HEADER, Piece, Ring};
 
 const _: () = assert!(BURST_MAX <= BATCH);

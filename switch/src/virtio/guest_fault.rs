@@ -26,176 +26,13 @@
 #![allow(unsafe_code)] // a signal handler: raw system calls, and pointers found by address
 
 use std::cell::UnsafeCell;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{
-    AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, compiler_fence,
-    fence,
-};
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, Once, PoisonError};
 
-use super::guest_mem::PAGE;
-
-/// Says that an attachment's memory cannot be trusted any more. Set once, by the SIGBUS handler or by whoever finds a
-/// lie about memory; never cleared. One per attachment, shared by all its queues.
-///
-/// Any thread may set and read it.
-#[derive(Debug, Default)]
-pub struct Poison {
-    set: AtomicBool,
-    cause: AtomicU8,
-    patched: AtomicU64,
-    filled: AtomicU64,
-}
-
-/// Why an attachment was poisoned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PoisonCause {
-    /// Somebody on our side found a lie and called [`Poison::set`].
-    Lie,
-    /// The guest took memory away: its file was truncated or a page of it removed.
-    Withdrawn,
-    /// The guest has more untouched pages than its [`FillBudget`] allows us to fill.
-    OverBudget,
-    /// The machine reported a memory error in one of the guest's pages.
-    Hardware,
-}
-
-impl PoisonCause {
-    fn from_code(code: u8) -> PoisonCause {
-        match code {
-            2 => PoisonCause::Withdrawn,
-            3 => PoisonCause::OverBudget,
-            4 => PoisonCause::Hardware,
-            _ => PoisonCause::Lie,
-        }
-    }
-
-    fn code(self) -> u8 {
-        match self {
-            PoisonCause::Lie => 1,
-            PoisonCause::Withdrawn => 2,
-            PoisonCause::OverBudget => 3,
-            PoisonCause::Hardware => 4,
-        }
-    }
-}
-
-impl std::fmt::Display for PoisonCause {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            PoisonCause::Lie => "it lied about its memory",
-            PoisonCause::Withdrawn => {
-                "it took memory away that it had shared (file truncated or page removed)"
-            }
-            PoisonCause::OverBudget => {
-                "its buffers lie in pages it never touched, more than the port's fill budget; \
-                 raise the budget, or let it lock or preallocate its memory"
-            }
-            PoisonCause::Hardware => "the machine reported a memory error in one of its pages",
-        })
-    }
-}
-
-impl Poison {
-    /// Not set.
-    #[must_use]
-    pub fn new() -> Arc<Poison> {
-        Arc::new(Poison::default())
-    }
-
-    /// Whether the attachment is lost. Ask after every copy from or to its memory, before anything is published.
-    #[inline]
-    #[must_use]
-    pub fn is_set(&self) -> bool {
-        // The handler interrupts this very thread in the middle of a copy: no reordering by the processor is visible,
-        // but the compiler must not move the copy behind this load.
-        compiler_fence(Ordering::SeqCst);
-        // Acquire: pairs with the Release in `set_for`, so that the cause is there with the flag.
-        self.set.load(Ordering::Acquire)
-    }
-
-    /// The bare flag, for a data plane that knows nothing of guests. Read it as [`Poison::is_set`] does.
-    #[inline]
-    #[must_use]
-    pub fn flag(&self) -> &AtomicBool {
-        &self.set
-    }
-
-    /// Gives the attachment up, because its peer lied.
-    pub fn set(&self) {
-        self.set_for(PoisonCause::Lie);
-    }
-
-    /// Gives the attachment up. The first cause stays.
-    pub fn set_for(&self, cause: PoisonCause) {
-        // Relaxed: ordered by the Release store below.
-        let _ = self
-            .cause
-            .compare_exchange(0, cause.code(), Ordering::Relaxed, Ordering::Relaxed);
-        // Release: pairs with the Acquire in `is_set`.
-        self.set.store(true, Ordering::Release);
-    }
-
-    /// Why it is set, if it is.
-    #[must_use]
-    pub fn cause(&self) -> Option<PoisonCause> {
-        self.is_set()
-            .then(|| PoisonCause::from_code(self.cause.load(Ordering::Relaxed)))
-    }
-
-    /// Granules replaced by zeros of our own.
-    #[must_use]
-    pub fn patched(&self) -> u64 {
-        self.patched.load(Ordering::Relaxed)
-    }
-
-    /// Honest holes filled.
-    #[must_use]
-    pub fn filled(&self) -> u64 {
-        self.filled.load(Ordering::Relaxed)
-    }
-}
-
-/// How many bytes of a guest's untouched memory we fill for it: such pages are charged to *our* memory limit for as
-/// long as the guest keeps its file, so an unlimited budget would let a guest exhaust us.
-///
-/// A port that keeps one budget for all its attachments bounds what a guest that comes again and again can take.
-/// Any thread may use it.
-#[derive(Debug)]
-pub struct FillBudget {
-    left: AtomicU64,
-}
-
-impl FillBudget {
-    /// A budget of `bytes`.
-    #[must_use]
-    pub fn new(bytes: u64) -> Arc<FillBudget> {
-        Arc::new(FillBudget {
-            left: AtomicU64::new(bytes),
-        })
-    }
-
-    /// What is left of it, in bytes.
-    #[must_use]
-    pub fn left(&self) -> u64 {
-        self.left.load(Ordering::Relaxed)
-    }
-
-    /// Takes `bytes`, or nothing if less is left.
-    fn take(&self, bytes: u64) -> bool {
-        // Relaxed: a count of its own, it orders nothing.
-        self.left
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
-                left.checked_sub(bytes)
-            })
-            .is_ok()
-    }
-
-    fn give_back(&self, bytes: u64) {
-        self.left.fetch_add(bytes, Ordering::Relaxed);
-    }
-}
+use super::guest_poison::{FillBudget, Poison, PoisonCause};
+use super::guest_uffd::{HUGE, Uffd};
 
 /// What the handler needs to know of one mapping.
 #[derive(Debug)]
@@ -265,8 +102,6 @@ static FREE: Mutex<Vec<usize>> = Mutex::new(Vec::new());
 /// 2 MiB of zeros, the source for holes in hugetlb memory; set by `install`.
 static ZEROS: AtomicPtr<u8> = AtomicPtr::new(ptr::null_mut());
 
-const HUGE: usize = 2 << 20;
-
 impl Slot {
     fn write(&self, start: usize, len: usize, watched: *mut Watched) {
         let seq = self.seq.load(Ordering::Relaxed); // one writer: the owner of the slot
@@ -334,6 +169,8 @@ impl Drop for Watch {
 }
 
 /// Installs the SIGBUS handler, once per process. Called at start, and by every mapping in case it was not.
+///
+/// No thread that touches a guest's memory may block SIGBUS: the kernel kills for a fault whose signal is blocked.
 pub fn install() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -447,27 +284,24 @@ enum Fill {
     Refused,
 }
 
-/// Gives the guest the page it never touched. 4 KiB: 7 us; 2 MiB must be copied.
+/// Gives the guest the page it never touched. 4 KiB: some 10 us; 2 MiB must be copied: some 100 us, which buys virtual
+/// machines whose hugepages were not preallocated. Larger pages are left alone: a copy would take a tenth of a second.
 fn fill(watched: &Watched, granule: usize) -> Fill {
-    let Some(uffd) = &watched.uffd else {
+    let Some(uffd) = watched.uffd.as_ref().filter(|_| watched.granule <= HUGE) else {
         return Fill::Refused;
     };
-    let bytes = watched.granule as u64;
-    // Larger pages would take hundreds of milliseconds: no hole of theirs is filled.
-    if watched.granule > HUGE {
+    // The kernel would say so too, for a hugepage only after it has copied it.
+    if !watched.in_file(granule) {
         return Fill::Refused;
     }
-    // First ask the budget: what is filled is charged to us before we know the outcome.
+    let bytes = watched.granule as u64;
     if !watched.budget.take(bytes) {
-        return if watched.in_file(granule) {
-            Fill::OverBudget
-        } else {
-            Fill::Refused
-        };
+        return Fill::OverBudget;
     }
+    let zeros = ZEROS.load(Ordering::Acquire); // pairs with the Release in `install`
     // The address space may be changing: a few tries.
     for _ in 0..8 {
-        match uffd.fill(granule, watched.granule) {
+        match uffd.fill(granule, watched.granule, zeros) {
             // EEXIST: another thread, or the guest, was faster. Not given back: so even that is bounded.
             Ok(()) | Err(libc::EEXIST) => return Fill::Done,
             Err(libc::EAGAIN) => {}
@@ -490,148 +324,4 @@ fn die(signal: libc::c_int, code: libc::c_int) {
         // SAFETY: raise is async-signal-safe.
         unsafe { libc::raise(signal) };
     }
-}
-
-/// A userfaultfd in SIGBUS mode: in the ranges it arms, touching a hole raises SIGBUS and allocates nothing.
-/// Works without privilege. Closing it disarms.
-#[derive(Debug)]
-pub(super) struct Uffd(OwnedFd);
-
-// include/uapi/linux/userfaultfd.h
-const UFFD_API: u64 = 0xaa;
-const UFFD_USER_MODE_ONLY: libc::c_int = 1;
-const UFFD_FEATURE_MISSING_HUGETLBFS: u64 = 1 << 4;
-const UFFD_FEATURE_MISSING_SHMEM: u64 = 1 << 5;
-const UFFD_FEATURE_SIGBUS: u64 = 1 << 7;
-const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
-const UFFDIO_API: u64 = iowr(0x3f, size_of::<UffdioApi>());
-const UFFDIO_REGISTER: u64 = iowr(0x00, size_of::<UffdioRegister>());
-const UFFDIO_COPY: u64 = iowr(0x03, size_of::<UffdioCopy>());
-const UFFDIO_ZEROPAGE: u64 = iowr(0x04, size_of::<UffdioZeropage>());
-
-/// `_IOWR(UFFDIO, number, size)`.
-const fn iowr(number: u64, size: usize) -> u64 {
-    (3 << 30) | ((size as u64) << 16) | (0xaa << 8) | number
-}
-
-#[repr(C)]
-struct UffdioApi {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct UffdioRegister {
-    start: u64,
-    len: u64,
-    mode: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct UffdioCopy {
-    dst: u64,
-    src: u64,
-    len: u64,
-    mode: u64,
-    copy: i64,
-}
-
-#[repr(C)]
-struct UffdioZeropage {
-    start: u64,
-    len: u64,
-    mode: u64,
-    zeropage: i64,
-}
-
-const _: () = assert!(UFFDIO_API == 0xc018_aa3f && UFFDIO_REGISTER == 0xc020_aa00);
-const _: () = assert!(UFFDIO_COPY == 0xc028_aa03 && UFFDIO_ZEROPAGE == 0xc020_aa04);
-
-impl Uffd {
-    /// `None` where the kernel has none or a sandbox forbids it (Docker's default seccomp profile does).
-    pub(super) fn new() -> Option<Uffd> {
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
-        // SAFETY: no pointers; the result is a new fd or -1.
-        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
-        let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;
-        // SAFETY: a new fd of ours.
-        let uffd = Uffd(unsafe { OwnedFd::from_raw_fd(fd) });
-        let mut api = UffdioApi {
-            api: UFFD_API,
-            features: UFFD_FEATURE_SIGBUS
-                | UFFD_FEATURE_MISSING_SHMEM
-                | UFFD_FEATURE_MISSING_HUGETLBFS,
-            ioctls: 0,
-        };
-        uffd.ioctl(UFFDIO_API, &mut api).ok()?;
-        Some(uffd)
-    }
-
-    /// Arms a whole mapping; `false` if the kernel refuses.
-    pub(super) fn arm(&self, start: usize, len: usize) -> bool {
-        let mut register = UffdioRegister {
-            start: start as u64,
-            len: len as u64,
-            mode: UFFDIO_REGISTER_MODE_MISSING,
-            ioctls: 0,
-        };
-        self.ioctl(UFFDIO_REGISTER, &mut register).is_ok()
-    }
-
-    /// Fills the hole at `start`, a page of `len` bytes. Async-signal-safe.
-    fn fill(&self, start: usize, len: usize) -> Result<(), libc::c_int> {
-        let (start, len) = (start as u64, len as u64);
-        if len == PAGE {
-            return self.ioctl(
-                UFFDIO_ZEROPAGE,
-                &mut UffdioZeropage {
-                    start,
-                    len,
-                    mode: 0,
-                    zeropage: 0,
-                },
-            );
-        }
-        // hugetlb knows no ZEROPAGE.
-        let zeros = ZEROS.load(Ordering::Acquire); // pairs with the Release in `install`
-        if zeros.is_null() || len > HUGE as u64 {
-            return Err(libc::EINVAL);
-        }
-        let src = zeros as u64;
-        self.ioctl(
-            UFFDIO_COPY,
-            &mut UffdioCopy {
-                dst: start,
-                src,
-                len,
-                mode: 0,
-                copy: 0,
-            },
-        )
-    }
-
-    fn ioctl<T>(&self, request: u64, argument: &mut T) -> Result<(), libc::c_int> {
-        // SAFETY: each caller pairs the request with the struct its number was made from; the kernel writes only
-        // into that struct and, for COPY and ZEROPAGE, maps pages into ranges this fd has armed.
-        let done = unsafe {
-            libc::ioctl(
-                self.0.as_raw_fd(),
-                request as libc::Ioctl,
-                ptr::from_mut(argument),
-            )
-        };
-        if done == 0 {
-            return Ok(());
-        }
-        // SAFETY: thread-local, set by the call above.
-        Err(unsafe { *libc::__errno_location() })
-    }
-}
-
-/// Whether this process can arm memory against holes; `doctor` says what that means.
-#[must_use]
-pub fn can_arm() -> bool {
-    Uffd::new().is_some()
 }
