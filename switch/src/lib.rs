@@ -2,5 +2,6 @@
 
 pub mod control;
 pub mod dataplane;
+pub mod guest;
 pub mod port;
 pub mod virtio;

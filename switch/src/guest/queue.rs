@@ -1,0 +1,533 @@
+//! A guest's queues: [`Tx`] sends bursts from buffers of its own, [`Rx`] receives bursts and gives the buffers back at once.
+//!
+//! An island of `unsafe`: buffers in shared memory, at the addresses the driver side of the rings hands back.
+#![allow(unsafe_code)]
+
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::frame::{Frame, Part, Slot};
+use super::session::{RingPlace, readable};
+use super::{GuestError, MemoryKind, Options};
+use crate::virtio::driver::{DriverRing, DriverSetup, Raw, Used};
+use crate::virtio::net::HEADER_LEN;
+use crate::virtio::own_mem::OwnMem;
+use crate::virtio::ring::{PIECES_MAX, Way, feature};
+
+/// Frames per call.
+pub const BURST: usize = 64;
+/// Where the memory begins for the guest's descriptors. Not where it is mapped: a switch that confuses the two address
+/// spaces must fail with these guests as it would with QEMU's.
+const GUEST_BASE: u64 = 0x1_0000_0000;
+/// The header ends a cache line and the frame begins the next, as in DPDK's mbufs: whoever does not read headers touches
+/// one line less.
+const HEADER_AT: u64 = 64 - HEADER_LEN as u64;
+/// Bytes of a descriptor in an indirect table.
+const DESC: usize = 16;
+
+/// One pair of queues, to be moved to the threads that use them.
+#[derive(Debug)]
+pub struct QueuePair {
+    /// Frames to the switch.
+    pub tx: Tx,
+    /// Frames from the switch.
+    pub rx: Rx,
+}
+
+/// The buffers of one ring, as many as it has descriptors.
+#[derive(Debug, Clone, Copy)]
+struct Buffers {
+    /// Guest address of the first.
+    base: u64,
+    /// From one to the next.
+    stride: u64,
+    /// Bytes of a buffer, the virtio-net header included.
+    len: u32,
+}
+
+impl Buffers {
+    /// An odd number of cache lines apart, so that the heads of neighbours fall into different sets of the cache.
+    fn new(base: u64, len: u32) -> Buffers {
+        let lines = (HEADER_AT + u64::from(len)).div_ceil(64);
+        Buffers {
+            base,
+            stride: 64 * (lines | 1),
+            len,
+        }
+    }
+
+    /// Where the header of buffer `index` is for the device.
+    #[inline]
+    fn header(&self, index: u16) -> u64 {
+        self.base + u64::from(index) * self.stride + HEADER_AT
+    }
+
+    /// Which buffer begins there.
+    #[inline]
+    fn index(&self, header: u64) -> u16 {
+        // 32-bit division is a third of the 64-bit one's cost; `Options::check` bounds the memory.
+        (((header - self.base) as u32) / self.stride as u32) as u16
+    }
+}
+
+/// What both kinds of queue have.
+struct Side {
+    ring: DriverRing,
+    buffers: Buffers,
+    /// Longest piece of a buffer; 0: no limit.
+    piece: u32,
+    /// Guest address of indirect tables, one per buffer; 0: chains.
+    tables: u64,
+    kick: OwnedFd,
+    call: OwnedFd,
+    kicks: u64,
+}
+
+impl Side {
+    /// Makes buffers available, each in one piece or in several.
+    #[inline]
+    fn post(&mut self, buffers: &[(u64, u32)]) -> usize {
+        let posted = if self.piece == 0 {
+            self.ring.post(buffers)
+        } else {
+            self.post_pieces(buffers)
+        };
+        if self.ring.kick_wanted() {
+            self.kick();
+        }
+        posted
+    }
+
+    #[cold]
+    fn post_pieces(&mut self, buffers: &[(u64, u32)]) -> usize {
+        for (done, &(at, len)) in buffers.iter().enumerate() {
+            let mut pieces = [(0, 0); PIECES_MAX];
+            // A frame of more pieces than a switch need accept has longer ones.
+            let most = self.piece.max(len.div_ceil(PIECES_MAX as u32));
+            let count = len.div_ceil(most) as usize;
+            for (number, piece) in pieces[..count].iter_mut().enumerate() {
+                let from = most * number as u32;
+                *piece = (at + u64::from(from), most.min(len - from));
+            }
+            let posted = match self.tables {
+                0 => self.ring.post_chain(&pieces[..count]),
+                tables => {
+                    let index = u64::from(self.buffers.index(at));
+                    let table = tables + index * (PIECES_MAX * DESC) as u64;
+                    self.ring.post_indirect(table, &pieces[..count])
+                }
+            };
+            if !posted {
+                return done;
+            }
+        }
+        buffers.len()
+    }
+
+    #[cold]
+    fn kick(&mut self) {
+        self.kicks += 1;
+        // A counter that is full says the same as one more; the descriptor is non-blocking.
+        let _ = rustix::io::write(&self.kick, &1u64.to_ne_bytes());
+    }
+
+    fn sleep(&self, within: Duration) -> bool {
+        let called = readable(&self.call, within);
+        self.forget_calls();
+        called
+    }
+
+    fn forget_calls(&self) {
+        // Nothing to forget is an error of no interest.
+        let _ = rustix::io::read(&self.call, &mut [0u8; 8]);
+    }
+}
+
+/// Sends frames to the switch.
+///
+/// Each descriptor's worth of ring has a buffer, and buffers keep what was written to them: a sender that always sends the same frames
+/// need not write them again.
+pub struct Tx {
+    side: Side,
+    in_order: bool,
+    /// IN_ORDER: the next buffer; else unused.
+    next: u16,
+    /// Not IN_ORDER: free buffers.
+    free: Vec<u16>,
+    /// Length of the frame last sent from each buffer.
+    lens: Box<[u32]>,
+    used: [Used; BURST],
+}
+
+impl Tx {
+    fn new(side: Side, in_order: bool) -> Tx {
+        let size = side.ring.size();
+        Tx {
+            side,
+            in_order,
+            next: 0,
+            free: (0..size).rev().collect(),
+            lens: vec![0; usize::from(size)].into(),
+            used: [Used::default(); BURST],
+        }
+    }
+
+    /// Sends up to `most` frames (no more than [`BURST`] per call): `fill` writes each and returns its length. Returns how many
+    /// were sent: fewer than `most` if the ring has no room. `fill` is asked only for frames that have room.
+    #[inline]
+    pub fn send(&mut self, most: usize, mut fill: impl FnMut(&mut Slot<'_>) -> usize) -> usize {
+        // 1. Buffers the switch is done with.
+        let room = self.room(most.min(BURST));
+        // 2. The frames' lines are in the switch's cache: ask for all of them before the first is needed.
+        let mut posts = [(0u64, 0u32); BURST];
+        for (ahead, post) in posts[..room].iter_mut().enumerate() {
+            post.0 = self.side.buffers.header(self.upcoming(ahead));
+            prefetch(self.frame(post.0));
+        }
+        // 3. Fill.
+        for (ahead, post) in posts[..room].iter_mut().enumerate() {
+            let index = self.upcoming(ahead);
+            let (at, len) = (self.frame(post.0), self.lens[usize::from(index)]);
+            let frame_room = self.side.buffers.len as usize - HEADER_LEN;
+            // SAFETY: `build` gave every buffer `len` bytes from its header on, the frame begins at a cache line, and nobody else
+            // writes it: the switch only reads these buffers, and this one is not in flight.
+            let mut slot = unsafe { Slot::new(at, frame_room, index, len as usize) };
+            let len = fill(&mut slot).min(frame_room);
+            self.lens[usize::from(index)] = len as u32;
+            post.1 = (HEADER_LEN + len) as u32;
+        }
+        // 4. Publish.
+        let sent = self.side.post(&posts[..room]);
+        self.forward(sent);
+        sent
+    }
+
+    /// Free buffers, at most `most`.
+    #[inline]
+    fn room(&mut self, most: usize) -> usize {
+        if self.in_order {
+            if self.side.ring.free() < most {
+                self.side.ring.reclaim();
+            }
+        } else if self.free.len() < most {
+            self.take_back();
+        }
+        let buffers = if self.in_order {
+            BURST
+        } else {
+            self.free.len()
+        };
+        most.min(buffers).min(self.side.ring.free())
+    }
+
+    fn take_back(&mut self) {
+        loop {
+            let count = self.side.ring.take(&mut self.used);
+            let headers = self.used[..count].iter().map(|used| used.addr);
+            self.free
+                .extend(headers.map(|header| self.side.buffers.index(header)));
+            if count < BURST {
+                return;
+            }
+        }
+    }
+
+    /// The buffer after the next `ahead` ones.
+    #[inline]
+    fn upcoming(&self, ahead: usize) -> u16 {
+        if self.in_order {
+            let (index, size) = (usize::from(self.next) + ahead, self.lens.len());
+            (if index < size { index } else { index % size }) as u16
+        } else {
+            self.free[self.free.len() - 1 - ahead]
+        }
+    }
+
+    #[inline]
+    fn forward(&mut self, sent: usize) {
+        if self.in_order {
+            self.next = self.upcoming(sent);
+        } else {
+            self.free.truncate(self.free.len() - sent);
+        }
+    }
+
+    #[inline]
+    fn frame(&self, header: u64) -> *mut u8 {
+        let at = self
+            .side
+            .ring
+            .mem()
+            .ptr(header, u64::from(self.side.buffers.len));
+        let at = at.expect("`build` put all buffers into the memory");
+        at.as_ptr().wrapping_add(HEADER_LEN)
+    }
+
+    /// Frames that were sent and that the switch has not given back yet.
+    pub fn in_flight(&mut self) -> usize {
+        if self.in_order {
+            self.side.ring.reclaim();
+        } else {
+            self.take_back();
+        }
+        usize::from(self.side.ring.size()) - self.side.ring.free()
+    }
+
+    /// Times the switch had to be kicked.
+    pub fn kicks(&self) -> u64 {
+        self.side.kicks
+    }
+
+    /// The ring's memory, for guests that lie.
+    pub fn raw(&self) -> Raw<'_> {
+        self.side.ring.raw()
+    }
+
+    /// Kicks the switch although it did not ask for it.
+    pub fn kick_anyway(&mut self) {
+        self.side.kick();
+    }
+}
+
+/// Receives frames from the switch.
+pub struct Rx {
+    side: Side,
+    used: Box<[Used]>,
+    parts: Vec<Part>,
+}
+
+impl Rx {
+    fn new(side: Side, mergeable: bool) -> Rx {
+        // Room for the buffers of the longest frame (`DriverRing::take_frames`).
+        let longest = 65_536 / side.buffers.len as usize + 2;
+        let room = if mergeable { longest.max(BURST) } else { BURST };
+        let mut rx = Rx {
+            side,
+            used: vec![Used::default(); room].into(),
+            parts: Vec::with_capacity(room),
+        };
+        rx.fill();
+        rx
+    }
+
+    fn fill(&mut self) {
+        let buffers = self.side.buffers;
+        for index in 0..self.side.ring.size() {
+            if self.side.post(&[(buffers.header(index), buffers.len)]) == 0 {
+                break; // chains: fewer buffers than descriptors
+            }
+        }
+    }
+
+    /// Receives a burst: `visit` sees each frame where the switch put it, before the buffers are given back. Returns how many.
+    #[inline]
+    pub fn receive(&mut self, mut visit: impl FnMut(&Frame<'_>)) -> usize {
+        // 1. What came.
+        let count = self.side.ring.take_frames(&mut self.used);
+        for used in &self.used[..count] {
+            prefetch(frame_at(&self.side, used).at.cast_mut());
+        }
+        // 2. Look at it.
+        let (mut index, mut frames) = (0, 0);
+        while index < count {
+            let first = &self.used[index];
+            let buffers = usize::from(first.buffers.max(1));
+            if buffers > 1 {
+                self.parts.clear();
+                let further = &self.used[index + 1..index + buffers];
+                self.parts
+                    .extend(further.iter().map(|used| part_at(&self.side, used)));
+            }
+            let more = if buffers > 1 { &self.parts[..] } else { &[] };
+            // SAFETY: each part lies in a buffer of ours that the device has given back and that is posted again only below.
+            visit(&unsafe { Frame::new(frame_at(&self.side, first), more) });
+            index += buffers;
+            frames += 1;
+        }
+        // 3. Give the buffers back.
+        let mut posts = [(0u64, 0u32); BURST];
+        for some in self.used[..count].chunks(BURST) {
+            for (post, used) in posts.iter_mut().zip(some) {
+                *post = (used.addr, self.side.buffers.len);
+            }
+            self.side.post(&posts[..some.len()]);
+        }
+        frames
+    }
+
+    /// Asks to be called when the next frame comes; true if one is there already.
+    pub fn arm(&mut self) -> bool {
+        self.side.ring.arm()
+    }
+
+    /// Asks not to be called any more.
+    pub fn disarm(&mut self) {
+        self.side.ring.disarm();
+    }
+
+    /// Sleeps until the switch calls, for at most `within`; true if it called.
+    pub fn sleep(&self, within: Duration) -> bool {
+        self.side.sleep(within)
+    }
+
+    /// Forgets calls that came so far.
+    pub fn forget_calls(&self) {
+        self.side.forget_calls();
+    }
+
+    /// The descriptor the switch calls through, for guests that fill it.
+    pub fn call(&self) -> &OwnedFd {
+        &self.side.call
+    }
+
+    /// The ring's memory, for guests that lie.
+    pub fn raw(&self) -> Raw<'_> {
+        self.side.ring.raw()
+    }
+}
+
+/// The bytes the device wrote to a buffer, as far as they can be there.
+#[inline]
+fn part_at(side: &Side, used: &Used) -> Part {
+    let len = used.len.min(side.buffers.len);
+    let at = side.ring.mem().ptr(used.addr, u64::from(len));
+    let at = at.expect("a buffer that was posted is in the memory");
+    Part {
+        at: at.as_ptr(),
+        len: len as usize,
+    }
+}
+
+/// The same without the virtio-net header.
+#[inline]
+fn frame_at(side: &Side, used: &Used) -> Part {
+    let part = part_at(side, used);
+    let header = part.len.min(HEADER_LEN);
+    Part {
+        at: part.at.wrapping_add(header),
+        len: part.len - header,
+    }
+}
+
+#[inline]
+fn prefetch(at: *mut u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch touches nothing, wherever it points to.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch(at.cast(), _MM_HINT_T0);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+impl fmt::Debug for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let size = self.ring.size();
+        write!(f, "ring of {size}, {} free", self.ring.free())
+    }
+}
+
+impl fmt::Debug for Tx {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tx: {:?}", self.side)
+    }
+}
+
+impl fmt::Debug for Rx {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Rx: {:?}", self.side)
+    }
+}
+
+/// What `build` makes.
+pub(super) type Built = (Arc<OwnMem>, Vec<RingPlace>, Vec<QueuePair>);
+
+/// Lays rings and buffers out in fresh memory. Ring 2·n is pair n's receive ring, 2·n+1 its transmit ring.
+pub(super) fn build(options: &Options, features: u64) -> Result<Built, GuestError> {
+    let size = options.ring_size;
+    let ring_bytes = DriverRing::bytes(size, features).next_multiple_of(4096);
+    let kinds = [
+        (Way::ToGuest, options.receive_buffer),
+        (Way::FromGuest, options.frame_max + HEADER_LEN as u32),
+    ];
+    // Offsets of ring, buffers and tables, for every ring.
+    let (mut plan, mut used) = (Vec::new(), GUEST_BASE);
+    for _ in 0..options.queue_pairs {
+        for (way, len) in kinds {
+            let buffers = Buffers::new(used + ring_bytes, len);
+            let tables = buffers.base + buffers.stride * u64::from(size);
+            plan.push((way, used, buffers, tables));
+            let tables_bytes = match options.piece {
+                0 => 0,
+                _ => (u64::from(size) * (PIECES_MAX * DESC) as u64).next_multiple_of(64),
+            };
+            used = (tables + tables_bytes).next_multiple_of(4096);
+        }
+    }
+    let hugepages = options.memory == MemoryKind::Hugepages;
+    let bytes = used - GUEST_BASE;
+    let mem = OwnMem::new(bytes, GUEST_BASE, hugepages)
+        .map_err(|cause| GuestError::memory(bytes, hugepages, cause))?;
+    let (mut places, mut sides) = (Vec::new(), Vec::new());
+    for (way, at, buffers, tables) in plan {
+        let setup = DriverSetup {
+            mem: mem.clone(),
+            at,
+            size,
+            features,
+            way,
+        };
+        let ring = DriverRing::new(setup)
+            .map_err(|bad| GuestError::Options(format!("a ring of {size}: {bad}")))?;
+        let (side, place) = notified(options, features, (ring, buffers, tables))?;
+        places.push(place);
+        sides.push(side);
+    }
+    let mut sides = sides.into_iter();
+    let pairs = std::iter::from_fn(|| {
+        let (rx, tx) = (sides.next()?, sides.next()?);
+        Some(QueuePair {
+            rx: Rx::new(rx, features & feature::MRG_RXBUF != 0),
+            tx: Tx::new(tx, features & feature::IN_ORDER != 0 && options.piece == 0),
+        })
+    });
+    Ok((mem, places, pairs.collect()))
+}
+
+/// Gives a ring its event descriptors.
+fn notified(
+    options: &Options,
+    features: u64,
+    (ring, buffers, tables): (DriverRing, Buffers, u64),
+) -> Result<(Side, RingPlace), GuestError> {
+    let new = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+    let fd = || new().map_err(|errno| GuestError::Eventfd(errno.into()));
+    let (kick, call) = (fd()?, fd()?);
+    let twin = |fd: &OwnedFd| fd.try_clone().map_err(GuestError::Eventfd);
+    let (desc, avail, used) = ring.addresses();
+    let place = RingPlace {
+        size: ring.size(),
+        base: ring.base(),
+        desc,
+        avail,
+        used,
+        kick: twin(&kick)?,
+        call: twin(&call)?,
+    };
+    let indirect = features & feature::INDIRECT_DESC != 0;
+    let side = Side {
+        ring,
+        buffers,
+        piece: options.piece,
+        tables: if indirect { tables } else { 0 },
+        kick,
+        call,
+        kicks: 0,
+    };
+    Ok((side, place))
+}
