@@ -32,7 +32,9 @@ pub(super) struct PackedDriver {
     /// Descriptors posted since `kick_wanted` was last asked; at most a lap.
     since: u16,
     free: u16,
-    /// Not IN_ORDER: free ids.
+    /// Buffers in flight.
+    flying: u16,
+    /// Not IN_ORDER: all ids; those beyond the first `flying` are free.
     ids: Vec<u16>,
     /// Buffers in flight, by id; with IN_ORDER that is the place of their first descriptor.
     held: Vec<Held>,
@@ -67,7 +69,8 @@ impl PackedDriver {
             batch: None,
             since: 0,
             free: size,
-            ids: (0..size).rev().collect(),
+            flying: 0,
+            ids: (0..size).collect(),
             held: vec![Held::default(); usize::from(size)],
             mem: setup.mem,
         };
@@ -117,13 +120,13 @@ impl PackedDriver {
         unsafe { &*at.cast::<AtomicU32>() }
     }
 
-    /// An id for a buffer whose first descriptor is at `place`. The caller knows that there is one.
+    /// An id for a buffer whose first descriptor is at `place`, when `used` ids are. The caller knows that there is one.
     #[inline]
-    fn grab(&mut self, place: Place) -> u16 {
+    fn id(&self, place: Place, used: u16) -> u16 {
         if self.in_order {
             place.index
         } else {
-            self.ids.pop().unwrap_or_default() // at least as many as free descriptors
+            self.ids[usize::from(used)]
         }
     }
 
@@ -145,18 +148,21 @@ impl PackedDriver {
     }
 
     #[inline]
-    fn posted(&mut self, to: Place, descs: u16) {
+    fn posted(&mut self, to: Place, descs: u16, buffers: u16) {
         self.next = to;
         self.free -= descs;
+        self.flying += buffers;
         self.since = self.since.saturating_add(descs).min(self.table.size);
     }
 
     #[inline]
     pub(super) fn post(&mut self, buffers: &[(u64, u32)]) -> usize {
         let count = buffers.len().min(usize::from(self.free));
-        let (first, mut place, mut head) = (self.next, self.next, 0);
+        let size = self.table.size;
+        let (first, mut place, mut head, mut flying) = (self.next, self.next, 0, self.flying);
         for (index, &buffer) in buffers[..count].iter().enumerate() {
-            let id = self.grab(place);
+            let id = self.id(place, flying);
+            flying += 1;
             let word = self.half(place, buffer, id, 0);
             self.held[usize::from(id)] = Held {
                 addr: buffer.0,
@@ -167,12 +173,12 @@ impl PackedDriver {
             } else {
                 self.word(place).store(word, Ordering::Relaxed);
             }
-            place = place.ahead(1, self.table.size);
+            place = place.ahead(1, size);
         }
         if count > 0 {
             // Release: pairs with the device's Acquire load of the flags (§2.8.16). The first one last: the device sees all or none.
             self.word(first).store(head, Ordering::Release);
-            self.posted(place, count as u16);
+            self.posted(place, count as u16, count as u16);
         }
         count
     }
@@ -182,7 +188,7 @@ impl PackedDriver {
             return false;
         }
         let (first, mut place, mut head) = (self.next, self.next, 0);
-        let id = self.grab(first);
+        let id = self.id(first, self.flying);
         for (index, &piece) in pieces.iter().enumerate() {
             let last = index + 1 == pieces.len();
             // The id counts in the last descriptor only (§2.8.6): elsewhere it is garbage on purpose.
@@ -200,7 +206,7 @@ impl PackedDriver {
         self.held[usize::from(id)] = Held { addr, descs };
         // Release: as in `post`.
         self.word(first).store(head, Ordering::Release);
-        self.posted(place, descs);
+        self.posted(place, descs, 1);
         true
     }
 
@@ -216,26 +222,26 @@ impl PackedDriver {
             self.mem.write(table + 16 * index as u64, &desc);
         }
         let first = self.next;
-        let id = self.grab(first);
+        let id = self.id(first, self.flying);
         let addr = pieces[0].0;
         self.held[usize::from(id)] = Held { addr, descs: 1 };
         let len = 16 * pieces.len() as u32;
         let word = self.half(first, (table, len), id, flag::INDIRECT);
         // Release: as in `post`.
         self.word(first).store(word, Ordering::Release);
-        self.posted(first.ahead(1, self.table.size), 1);
+        self.posted(first.ahead(1, self.table.size), 1, 1);
         true
     }
 
-    /// Id and length of the used descriptor at `taken`, if there is one.
+    /// Id and length of the used descriptor at `place`, if there is one.
     #[inline]
-    fn used(&self) -> Option<(u16, u32)> {
+    fn used(&self, place: Place) -> Option<(u16, u32)> {
         // Acquire: pairs with the device's Release store of the flags (§2.8.17): id, length and buffer are written.
-        let flags = self.flags(self.taken).load(Ordering::Acquire);
-        if flags & (flag::AVAIL | flag::USED) != self.taken.used() {
+        let flags = self.flags(place).load(Ordering::Acquire);
+        if flags & (flag::AVAIL | flag::USED) != place.used() {
             return None;
         }
-        let word = self.word(self.taken).load(Ordering::Relaxed);
+        let word = self.word(place).load(Ordering::Relaxed);
         let len = if flags & flag::WRITE != 0 {
             word as u32
         } else {
@@ -244,56 +250,59 @@ impl PackedDriver {
         Some(((word >> 32) as u16, len))
     }
 
-    /// The next buffer that came back.
+    /// The next buffer that came back, at `place`.
     #[inline]
-    fn take_one(&mut self) -> Option<Used> {
-        let (id, len) = if self.in_order && self.way == Way::FromGuest {
-            // One used descriptor may stand for a batch and has the last buffer's id (§2.8.9).
-            let last = match self.batch {
-                Some(last) => last,
-                None => self.used()?.0,
-            };
-            let id = self.taken.index;
-            self.batch = (id != last).then_some(last);
-            (id, 0)
-        } else {
-            self.used()?
-        };
-        let held = std::mem::take(&mut self.held[usize::from(id)]);
-        assert!(held.descs > 0, "device used buffer {id}, not in flight");
-        self.taken = self.taken.ahead(held.descs, self.table.size);
-        self.free += held.descs;
-        if !self.in_order {
-            self.ids.push(id);
+    fn next_used(&mut self, place: Place) -> Option<(u16, u32)> {
+        if !self.in_order || self.way == Way::ToGuest {
+            return self.used(place);
         }
-        Some(Used {
-            addr: held.addr,
-            len,
-            id,
-            buffers: 1,
-        })
+        // One used descriptor may stand for a batch and has the last buffer's id (§2.8.9).
+        let last = match self.batch {
+            Some(last) => last,
+            None => self.used(place)?.0,
+        };
+        let id = place.index;
+        self.batch = (id != last).then_some(last);
+        Some((id, 0))
     }
 
     #[inline]
     pub(super) fn take(&mut self, out: &mut [Used]) -> usize {
+        let (mut place, mut free, mut flying) = (self.taken, self.free, self.flying);
         let mut count = 0;
         for used in out {
-            let Some(one) = self.take_one() else {
+            let Some((id, len)) = self.next_used(place) else {
                 break;
             };
-            *used = one;
+            let held = std::mem::take(&mut self.held[usize::from(id)]);
+            assert!(held.descs > 0, "device used buffer {id}, not in flight");
+            place = place.ahead(held.descs, self.table.size);
+            free += held.descs;
+            flying -= 1;
+            if !self.in_order {
+                self.ids[usize::from(flying)] = id;
+            }
+            *used = Used {
+                addr: held.addr,
+                len,
+                id,
+                buffers: 1,
+            };
             count += 1;
         }
+        (self.taken, self.free, self.flying) = (place, free, flying);
         count
     }
 
     #[inline]
     pub(super) fn reclaim(&mut self) -> usize {
-        let mut count = 0;
-        while self.take_one().is_some() {
-            count += 1;
+        let (mut some, mut count) = ([Used::default(); 64], 0);
+        loop {
+            match self.take(&mut some) {
+                0 => return count,
+                more => count += more,
+            }
         }
-        count
     }
 
     #[inline]
@@ -317,7 +326,7 @@ impl PackedDriver {
         self.area(self.driver).store(wish, Ordering::Relaxed);
         // SeqCst: orders the wish before the last look; pairs with the device's fence in `call_wanted`.
         fence(Ordering::SeqCst);
-        self.batch.is_some() || self.used().is_some()
+        self.batch.is_some() || self.used(self.taken).is_some()
     }
 
     pub(super) fn disarm(&mut self) {

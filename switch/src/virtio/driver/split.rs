@@ -36,7 +36,7 @@ pub(super) struct SplitDriver {
     free: u16,
     /// IN_ORDER: the next descriptor; they are used in table order (§2.7.9).
     desc: u16,
-    /// Not IN_ORDER: free descriptors.
+    /// Not IN_ORDER: the first `free` are the free descriptors.
     ids: Vec<u16>,
     /// Buffers in flight, by head.
     held: Vec<Held>,
@@ -128,7 +128,6 @@ impl SplitDriver {
     }
 
     /// A free descriptor. The caller knows that there is one.
-    #[inline]
     fn grab(&mut self) -> u16 {
         self.free -= 1;
         if self.in_order {
@@ -136,33 +135,38 @@ impl SplitDriver {
             self.desc = self.desc.wrapping_add(1);
             id
         } else {
-            self.ids.pop().unwrap_or_default() // `free` counts them
+            self.ids[usize::from(self.free)]
         }
     }
 
     #[inline]
-    fn put_desc(&self, index: u16, (addr, len): (u64, u32), flags: u16, next: u16) {
+    fn put_desc(table: Table, index: u16, (addr, len): (u64, u32), flags: u16, next: u16) {
         let rest = u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48;
-        // SAFETY: `index` comes from `grab`: below size.
+        // SAFETY: `index` is a free descriptor's: below size.
         unsafe {
-            let at = self.table.at(index).cast::<u64>();
+            let at = table.at(index).cast::<u64>();
             ptr::write_volatile(at, addr);
             ptr::write_volatile(at.add(1), rest);
         }
     }
 
-    /// Puts a head into the available ring, not yet published.
+    /// Puts a head into `slot` of the available ring, not yet published.
     #[inline]
-    fn put_head(&mut self, head: u16, addr: u64, descs: u16) {
-        let slot = self.slot(self.next);
+    fn put_head(&mut self, slot: usize, head: u16, held: Held) {
         // With IN_ORDER and no chains it is there since the last lap: the line stays in the device's cache.
         let entry = self.avail_u16(4 + 2 * slot);
         if entry.load(Ordering::Relaxed) != head {
             entry.store(head, Ordering::Relaxed);
         }
         self.heads[slot] = head;
-        self.held[usize::from(head)] = Held { addr, descs };
+        self.held[usize::from(head)] = held;
+    }
+
+    /// Puts the head of a chain or table into the available ring and publishes it.
+    fn put_one(&mut self, head: u16, held: Held) {
+        self.put_head(self.slot(self.next), head, held);
         self.next = self.next.wrapping_add(1);
+        self.publish();
     }
 
     #[inline]
@@ -182,15 +186,31 @@ impl SplitDriver {
     #[inline]
     pub(super) fn post(&mut self, buffers: &[(u64, u32)]) -> usize {
         let count = buffers.len().min(usize::from(self.free));
-        let flags = self.direction();
+        if count == 0 {
+            return 0;
+        }
+        // The indices in registers: kept in memory, a halfword's store in front of a wider load stalls every frame.
+        let (table, mask, flags) = (self.table, self.table.size - 1, self.direction());
+        let (in_order, mut next, mut desc, mut free) =
+            (self.in_order, self.next, self.desc, self.free);
         for &buffer in &buffers[..count] {
-            let id = self.grab();
-            self.put_desc(id, buffer, flags, 0);
-            self.put_head(id, buffer.0, 1);
+            free -= 1;
+            let id = if in_order {
+                desc & mask
+            } else {
+                self.ids[usize::from(free)]
+            };
+            desc = desc.wrapping_add(1);
+            Self::put_desc(table, id, buffer, flags, 0);
+            let held = Held {
+                addr: buffer.0,
+                descs: 1,
+            };
+            self.put_head(usize::from(next & mask), id, held);
+            next = next.wrapping_add(1);
         }
-        if count > 0 {
-            self.publish();
-        }
+        (self.next, self.desc, self.free) = (next, desc, free);
+        self.publish();
         count
     }
 
@@ -204,11 +224,11 @@ impl SplitDriver {
             let more = if next.is_some() { flag::NEXT } else { 0 };
             let next = next.unwrap_or_default();
             self.links[usize::from(ids[index])] = next;
-            self.put_desc(ids[index], piece, self.direction() | more, next);
+            Self::put_desc(self.table, ids[index], piece, self.direction() | more, next);
         }
         self.chains += u32::from(ids.len() > 1);
-        self.put_head(ids[0], pieces[0].0, ids.len() as u16);
-        self.publish();
+        let (addr, descs) = (pieces[0].0, ids.len() as u16);
+        self.put_one(ids[0], Held { addr, descs });
         true
     }
 
@@ -228,9 +248,9 @@ impl SplitDriver {
         }
         let id = self.grab();
         let len = 16 * pieces.len() as u32;
-        self.put_desc(id, (table, len), flag::INDIRECT, 0);
-        self.put_head(id, pieces[0].0, 1);
-        self.publish();
+        Self::put_desc(self.table, id, (table, len), flag::INDIRECT, 0);
+        let addr = pieces[0].0;
+        self.put_one(id, Held { addr, descs: 1 });
         true
     }
 
@@ -252,36 +272,50 @@ impl SplitDriver {
         }
     }
 
-    /// Makes a buffer's descriptors free.
+    /// Makes a buffer's descriptors free; returns its address.
     #[inline]
-    fn release(&mut self, head: u16) -> u64 {
+    fn release(&mut self, head: u16, free: &mut u16) -> u64 {
         let held = std::mem::take(&mut self.held[usize::from(head)]);
         assert!(held.descs > 0, "device used buffer {head}, not in flight");
-        self.free += held.descs;
-        self.chains -= u32::from(held.descs > 1);
-        if !self.in_order {
-            let mut id = head;
-            for _ in 0..held.descs {
-                self.ids.push(id);
-                id = self.links[usize::from(id)];
-            }
+        if held.descs > 1 {
+            self.release_links(head, held.descs, free);
         }
+        if !self.in_order {
+            self.ids[usize::from(*free)] = head;
+        }
+        *free += 1;
         held.addr
+    }
+
+    /// Makes the further descriptors of a chain free.
+    #[cold]
+    fn release_links(&mut self, head: u16, descs: u16, free: &mut u16) {
+        self.chains -= 1;
+        let mut id = head;
+        for _ in 1..descs {
+            id = self.links[usize::from(id)];
+            if !self.in_order {
+                self.ids[usize::from(*free)] = id;
+            }
+            *free += 1;
+        }
     }
 
     #[inline]
     pub(super) fn take(&mut self, out: &mut [Used]) -> usize {
         let count = usize::from(self.waiting()).min(out.len());
+        let (mut taken, mut free) = (self.taken, self.free);
+        let whole = self.in_order && self.way == Way::FromGuest;
         for used in &mut out[..count] {
-            let slot = self.slot(self.taken);
-            let (id, len) = if self.in_order && self.way == Way::FromGuest {
+            let slot = self.slot(taken);
+            let (id, len) = if whole {
                 (self.heads[slot], 0) // the device need not write every element
             } else {
                 let (id, len) = self.element(slot);
                 (id as u16, len)
             };
-            let addr = self.release(id);
-            self.taken = self.taken.wrapping_add(1);
+            let addr = self.release(id, &mut free);
+            taken = taken.wrapping_add(1);
             *used = Used {
                 addr,
                 len,
@@ -289,23 +323,26 @@ impl SplitDriver {
                 buffers: 1,
             };
         }
+        (self.taken, self.free) = (taken, free);
         count
     }
 
     #[inline]
     pub(super) fn reclaim(&mut self) -> usize {
-        let count = self.waiting();
         if self.in_order && self.way == Way::FromGuest && self.chains == 0 {
+            let count = self.waiting();
             self.taken = self.taken.wrapping_add(count);
             self.free += count;
             assert!(self.free <= self.table.size, "device used too many buffers");
             return usize::from(count);
         }
-        let mut one = [Used::default()];
-        for _ in 0..count {
-            self.take(&mut one);
+        let (mut some, mut count) = ([Used::default(); 64], 0);
+        loop {
+            match self.take(&mut some) {
+                0 => return count,
+                more => count += more,
+            }
         }
-        usize::from(count)
     }
 
     #[inline]
