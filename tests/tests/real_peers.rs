@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use testkit::docker::{self, Docker};
 use testkit::ovs::{self, Ovs, PortOptions};
+use testkit::qemu::{self, Guest};
 use testkit::require;
 use testkit::skip::{hugepages, root, tool};
 use testkit::testpmd::{Config, Memory, Testpmd, Variant, VirtioUser};
@@ -101,4 +103,66 @@ fn testpmd_exchanges_frames_through_ovs_dpdk() -> Result<()> {
     client.quit()?;
     ensure!(switch.vswitchd().alive(), "OVS died");
     Ok(())
+}
+
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn two_guests_ping_each_other_through_testpmd() -> Result<()> {
+    require!(
+        tool("dpdk-testpmd", "dpdk-dev"),
+        root(),
+        hugepages(128),
+        qemu::available()
+    );
+    let dir = tempfile::tempdir()?;
+    let sockets = [dir.path().join("a"), dir.path().join("b")];
+    let backend = Config::vhost_io([&sockets[0], &sockets[1]], 1)
+        .jumbo()
+        .start()?;
+    let guests = [
+        Guest {
+            mtu: 9000,
+            ..Guest::new(&sockets[0], 1)
+        },
+        Guest {
+            mtu: 9000,
+            ..Guest::new(&sockets[1], 2)
+        },
+    ];
+    let mut running = [guests[0].launch()?, guests[1].launch()?];
+    for guest in &mut running {
+        guest.wait_booted()?;
+    }
+    running[0].ping(&guests[1].address(), 56, 5)?;
+    running[1].ping(&guests[0].address(), 8900, 5)?;
+    backend.quit()
+}
+
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn testpmd_exchanges_frames_from_within_a_container_without_rights() -> Result<()> {
+    require!(
+        tool("dpdk-testpmd", "dpdk-dev"),
+        docker::available(),
+        hugepages(128)
+    );
+    let docker = Docker::start()?;
+    let dir = tempfile::tempdir()?;
+    let sockets = [dir.path().join("a"), dir.path().join("b")];
+    let backend = Config::vhost_io([&sockets[0], &sockets[1]], 1).start()?;
+    testkit::open_to_all(dir.path())?;
+    let ports = [
+        VirtioUser::new(&sockets[0], 1),
+        VirtioUser::new(&sockets[1], 2),
+    ];
+    let inside = docker.run_line("client", dir.path(), docker::TESTPMD);
+    let mut client = Config {
+        memory: Memory::NoHuge(256),
+        inside,
+        ..Config::pair(ports)
+    }
+    .start()?;
+    exchange(&mut client)?;
+    client.quit()?;
+    backend.quit()
 }

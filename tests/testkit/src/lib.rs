@@ -1,12 +1,20 @@
 //! Shared pieces of the tests and benchmarks: real peers, and the rules under which tests may skip.
 //!
-//! - [`ovs`]: OVS-DPDK
-//! - [`process`]: a child with a deadline on every wait, which never outlives its test
-//! - [`skip`]: `require!` and `skip!`, loud skips
-//! - [`testpmd`]: a real DPDK client or backend
+//! - `assets`: kernel and image, made once
+//! - `docker`: containers, under a daemon of their own
+//! - `ovs`: OVS-DPDK
+//! - `process`: a child with a deadline on every wait, which never outlives its test
+//! - `qemu`: virtual machines
+//! - `ringway`: the program under test
+//! - `skip`: `require!` and `skip!`, loud skips
+//! - `testpmd`: a real DPDK client or backend
 
+pub mod assets;
+pub mod docker;
 pub mod ovs;
 pub mod process;
+pub mod qemu;
+pub mod ringway;
 pub mod skip;
 pub mod testpmd;
 

@@ -76,23 +76,7 @@ impl Ovs {
         wait_until("ovsdb-server listens", START, || {
             dir.join("db.sock").exists()
         })?;
-        let mask = format!("0x{:x}", 1u64 << cpu);
-        let prefix = format!("ovs{}", std::process::id());
-        let set = [
-            "dpdk-init=true".to_owned(),
-            "dpdk-socket-mem=512".to_owned(),
-            format!("dpdk-lcore-mask={mask}"),
-            format!("pmd-cpu-mask={mask}"),
-            format!("dpdk-extra=\"--no-pci --in-memory --file-prefix={prefix}\""),
-        ];
-        let mut command = vec![
-            "--no-wait".to_owned(),
-            "set".to_owned(),
-            "Open_vSwitch".to_owned(),
-            ".".to_owned(),
-        ];
-        command.extend(set.map(|pair| format!("other_config:{pair}")));
-        vsctl(&dir, &command)?;
+        configure(&dir, cpu)?;
         // A network namespace of its own: two OVS on one host fight over the taps ovs-netdev and br0.
         let switch = [
             "unshare".to_owned(),
@@ -176,6 +160,27 @@ impl Ovs {
     pub fn vswitchd(&mut self) -> &mut Process {
         &mut self.vswitchd
     }
+}
+
+/// DPDK's own options, which OVS reads once at its start.
+fn configure(dir: &Path, cpu: usize) -> Result<()> {
+    let mask = format!("0x{:x}", 1u64 << cpu);
+    let prefix = format!("ovs{}", std::process::id());
+    let set = [
+        "dpdk-init=true".to_owned(),
+        "dpdk-socket-mem=512".to_owned(),
+        format!("dpdk-lcore-mask={mask}"),
+        format!("pmd-cpu-mask={mask}"),
+        format!("dpdk-extra=\"--no-pci --in-memory --file-prefix={prefix}\""),
+    ];
+    let mut command = vec![
+        "--no-wait".to_owned(),
+        "set".to_owned(),
+        "Open_vSwitch".to_owned(),
+        ".".to_owned(),
+    ];
+    command.extend(set.map(|pair| format!("other_config:{pair}")));
+    vsctl(dir, &command).map(drop)
 }
 
 fn vsctl(dir: &Path, command: &[String]) -> Result<String> {

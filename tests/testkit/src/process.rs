@@ -9,7 +9,7 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -20,6 +20,9 @@ const TAIL_LINES: usize = 25;
 
 /// How often an exit is looked for: fast enough for a 100 ms deadline.
 const EXIT_POLL: Duration = Duration::from_millis(5);
+
+/// How long the rest of an ended child's output may take on a busy machine.
+const LAST_OUTPUT: Duration = Duration::from_secs(2);
 
 /// A running child; killed and reaped on drop.
 ///
@@ -32,10 +35,20 @@ pub struct Process {
     log: PathBuf,
 }
 
-/// What the child has written so far, stdout and stderr in order of arrival.
+/// What the child has written so far.
 struct Output {
-    text: Mutex<String>,
+    text: Mutex<Text>,
     grew: Condvar,
+}
+
+#[derive(Default)]
+struct Text {
+    /// stdout alone: what stderr says in between must not split a prompt or a JSON text.
+    out: String,
+    /// Both, in order of arrival.
+    all: String,
+    /// Streams that have ended; the text is whole at two.
+    ended: u8,
 }
 
 /// How to start a child.
@@ -99,16 +112,16 @@ impl Launch {
         let mut file = File::create(&log).with_context(|| format!("log file {}", log.display()))?;
         writeln!(file, "$ {}", line.join(" "))?;
         let output = Arc::new(Output {
-            text: Mutex::new(String::new()),
+            text: Mutex::new(Text::default()),
             grew: Condvar::new(),
         });
-        let streams: [Option<Box<dyn Read + Send>>; 2] = [
-            child.stdout.take().map(|s| Box::new(s) as _),
-            child.stderr.take().map(|s| Box::new(s) as _),
-        ];
-        for stream in streams.into_iter().flatten() {
-            collect(stream, Arc::clone(&output), file.try_clone()?);
-        }
+        let reads = "both streams are pipes";
+        let (out, err) = (
+            child.stdout.take().context(reads)?,
+            child.stderr.take().context(reads)?,
+        );
+        collect(out, Arc::clone(&output), file.try_clone()?, true);
+        collect(err, Arc::clone(&output), file, false);
         Ok(Process {
             what: self.what,
             stdin: child.stdin.take(),
@@ -125,14 +138,14 @@ impl Process {
         self.child.id()
     }
 
-    /// Everything written so far.
+    /// Everything written so far, stdout and stderr.
     pub fn output(&self) -> String {
-        self.output.lock().clone()
+        self.output.lock().all.clone()
     }
 
-    /// Bytes written so far: a mark for [`Process::wait_for`].
+    /// Bytes written to stdout so far: a mark for [`Process::wait_for`].
     pub fn mark(&self) -> usize {
-        self.output.lock().len()
+        self.output.lock().out.len()
     }
 
     /// Where the output is kept after the test.
@@ -154,12 +167,12 @@ impl Process {
                 format!(
                     "{}: cannot write {text:?} to its stdin\n{}",
                     self.what,
-                    tail(&self.output.lock())
+                    tail(&self.output.lock().all)
                 )
             })
     }
 
-    /// Waits until `found` accepts the output written since `mark`, and returns that output.
+    /// Waits until `found` accepts what was written to stdout since `mark`, and returns it.
     pub fn wait_for(
         &mut self,
         mark: usize,
@@ -170,22 +183,24 @@ impl Process {
         let output = Arc::clone(&self.output);
         let mut text = output.lock();
         loop {
-            if found(&text[mark..]) {
-                return Ok(text[mark..].to_owned());
+            if found(&text.out[mark..]) {
+                return Ok(text.out[mark..].to_owned());
             }
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                bail!("{}: not seen within {within:?}\n{}", self.what, tail(&text));
+                bail!(
+                    "{}: not seen within {within:?}\n{}",
+                    self.what,
+                    tail(&text.all)
+                );
             }
-            // The stream ends with the child; a short nap lets the reader thread fetch the rest.
             if let Some(status) = self.child.try_wait()? {
                 drop(text);
-                std::thread::sleep(Duration::from_millis(50));
-                text = output.lock();
-                if found(&text[mark..]) {
+                text = output.last();
+                if found(&text.out[mark..]) {
                     continue;
                 }
-                bail!("{}: ended with {status}\n{}", self.what, tail(&text));
+                bail!("{}: ended with {status}\n{}", self.what, tail(&text.all));
             }
             let nap = left.min(Duration::from_millis(100));
             text = output
@@ -227,7 +242,7 @@ impl Process {
                 bail!(
                     "{}: still running after {within:?}\n{}",
                     self.what,
-                    tail(&self.output.lock())
+                    tail(&self.output.lock().all)
                 );
             }
             std::thread::sleep(EXIT_POLL);
@@ -257,7 +272,16 @@ impl Drop for Process {
 }
 
 impl Output {
-    fn lock(&self) -> std::sync::MutexGuard<'_, String> {
+    /// The text after the child has ended: waits a moment for the reader threads to fetch the rest. Streams that a
+    /// grandchild holds open do not end.
+    fn last(&self) -> MutexGuard<'_, Text> {
+        let whole = self
+            .grew
+            .wait_timeout_while(self.lock(), LAST_OUTPUT, |text| text.ended < 2);
+        whole.unwrap_or_else(|e| e.into_inner()).0
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Text> {
         self.text.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
@@ -274,18 +298,16 @@ pub fn run<S: AsRef<OsStr>>(
     let mut child = Launch::new(line.first().context("a command has a name")?, &line).start()?;
     child.stdin = None;
     let status = child.wait_exit(within)?;
-    // The reader threads may still hold the last block.
-    std::thread::sleep(Duration::from_millis(20));
-    let output = child.output();
+    let text = child.output.last();
     if !status.success() {
         bail!(
             "`{}` ended with {status}\n{}",
             line.join(" "),
-            tail(&output)
+            tail(&text.all)
         );
     }
     let _ = std::fs::remove_file(&child.log); // a command that worked leaves no log worth reading
-    Ok(output)
+    Ok(text.out.clone())
 }
 
 /// Calls `ready` until it holds, or fails naming `what`.
@@ -326,16 +348,26 @@ fn log_path(what: &str) -> PathBuf {
     dir.join(format!("{test}.{serial:03}.{name}.log"))
 }
 
-fn collect(mut stream: Box<dyn Read + Send>, output: Arc<Output>, mut log: File) {
+fn collect(
+    mut stream: impl Read + Send + 'static,
+    output: Arc<Output>,
+    mut log: File,
+    is_out: bool,
+) {
     std::thread::spawn(move || {
         let mut block = [0; 4096];
         while let Ok(n @ 1..) = stream.read(&mut block) {
             let _ = log.write_all(&block[..n]);
-            output
-                .lock()
-                .push_str(&String::from_utf8_lossy(&block[..n]));
+            let part = String::from_utf8_lossy(&block[..n]);
+            let mut text = output.lock();
+            text.all.push_str(&part);
+            if is_out {
+                text.out.push_str(&part);
+            }
             output.grew.notify_all();
         }
+        output.lock().ended += 1;
+        output.grew.notify_all();
     });
 }
 
@@ -373,18 +405,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_carries_the_last_lines_of_the_child() {
-        let mut child = Launch::new("sh", ["sh", "-c", "echo one; echo two >&2; sleep 60"])
+    fn an_error_carries_the_last_lines_of_both_streams_and_only_stdout_is_searched() {
+        let mut child = Launch::new("sh", ["sh", "-c", "echo one; echo two three >&2; sleep 60"])
             .start()
             .unwrap();
         let error = child
             .wait_for_text(0, Duration::from_millis(300), "three")
             .unwrap_err();
         let text = format!("{error:#}");
-        assert!(
-            text.contains("one") && text.contains("two") && text.contains("three"),
-            "{text}"
-        );
+        assert!(text.contains("one") && text.contains("two three"), "{text}");
     }
 
     #[test]

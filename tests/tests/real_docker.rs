@@ -1,0 +1,114 @@
+//! Docker containers without rights: user 65534, no capability, no network, no hugepages, only the socket's folder mounted.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use ringway::control::state::StatsReport;
+use testkit::docker::{self, Docker};
+use testkit::process::{Launch, wait_until};
+use testkit::require;
+use testkit::ringway::{self as switch, Ringway};
+use testkit::testpmd::{Config, Memory, Testpmd, VirtioUser};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const FRAMES: u64 = 20_000;
+
+/// Two containers, each with one port, return each other's frames. Says how many frames they sent.
+fn containers_exchange_frames(docker: &Docker, folder: &std::path::Path) -> Result<u64> {
+    let blue = VirtioUser::new(folder.join("blue.sock"), 1);
+    let red = VirtioUser::new(folder.join("red.sock"), 2);
+    let start = |name: &str, port: &VirtioUser, peer: &VirtioUser| -> Result<Testpmd> {
+        let inside = docker.run_line(name, folder, docker::TESTPMD);
+        Config {
+            memory: Memory::NoHuge(256),
+            inside,
+            ..Config::single(port, peer)
+        }
+        .start()
+    };
+    let mut first = start("blue", &blue, &red)?;
+    let mut second = start("red", &red, &blue)?;
+    first.wait_links_up(PATIENCE)?;
+    second.wait_links_up(PATIENCE)?;
+    second.command("start")?;
+    first.command("start tx_first 4")?;
+    first.wait_received(FRAMES, PATIENCE)?;
+    first.command("stop")?;
+    second.command("stop")?;
+    let sent = first.stats()?[0].tx_packets + second.stats()?[0].tx_packets;
+    first.quit()?;
+    second.quit()?;
+    Ok(sent)
+}
+
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn two_containers_without_rights_exchange_frames() -> Result<()> {
+    require!(docker::available());
+    let docker = Docker::start()?;
+    let switch = Ringway::with_ports(&["blue", "red"])?;
+    let sent = containers_exchange_frames(&docker, switch.dir())?;
+    let books = switch.balanced_books()?;
+    ensure!(
+        books.received == sent,
+        "the containers sent {sent} frames, the switch took {}",
+        books.received
+    );
+    switch.stop().map(drop)
+}
+
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn the_switch_itself_runs_in_a_container_without_rights() -> Result<()> {
+    require!(docker::available());
+    let docker = Docker::start()?;
+    docker.build_ringway(&switch::binary()?)?;
+    let folder = tempfile::tempdir()?;
+    testkit::open_to_all(folder.path())?;
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let mut line = docker.run_line("switch", folder.path(), docker::RINGWAY);
+    line.extend(["run".to_owned(), "--api".to_owned(), path("api.sock")]);
+    for port in ["blue", "red"] {
+        line.extend([
+            "--port".to_owned(),
+            format!("vhost-user:{port},socket={}", path(&format!("{port}.sock"))),
+        ]);
+    }
+    let mut container = Launch::new("docker-ringway", line).start()?;
+    let all = || {
+        ["blue.sock", "red.sock", "api.sock"]
+            .iter()
+            .all(|name| folder.path().join(name).exists())
+    };
+    wait_until("the switch listens", PATIENCE, || {
+        !container.alive() || all()
+    })?;
+    ensure!(
+        container.alive(),
+        "the switch ended:\n{}",
+        container.output()
+    );
+    let sent = containers_exchange_frames(&docker, folder.path())?;
+    let stats = docker.command(&[
+        "exec",
+        "switch",
+        "/usr/bin/ringway",
+        "--api",
+        &path("api.sock"),
+        "stats",
+        "--json",
+    ])?;
+    let books = serde_json::from_str::<StatsReport>(&stats)?.total;
+    ensure!(
+        books.balanced() && books.received == sent,
+        "the containers sent {sent} frames: {books:?}"
+    );
+    docker.command(&["stop", "switch"])?;
+    let status = container.wait_exit(PATIENCE)?;
+    ensure!(
+        status.success(),
+        "the switch ended with {status}:\n{}",
+        container.output()
+    );
+    Ok(())
+}
