@@ -82,8 +82,8 @@ struct Side {
     piece: u32,
     /// Guest address of indirect tables, one per buffer; 0: chains.
     tables: u64,
-    kick: OwnedFd,
-    call: OwnedFd,
+    kick: Arc<OwnedFd>,
+    call: Arc<OwnedFd>,
     kicks: u64,
 }
 
@@ -506,9 +506,11 @@ fn notified(
     (ring, buffers, tables): (DriverRing, Buffers, u64),
 ) -> Result<(Side, RingPlace), GuestError> {
     let new = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-    let fd = || new().map_err(|errno| GuestError::Eventfd(errno.into()));
+    let fd = || match new() {
+        Ok(fd) => Ok(Arc::new(fd)),
+        Err(errno) => Err(GuestError::Eventfd(errno.into())),
+    };
     let (kick, call) = (fd()?, fd()?);
-    let twin = |fd: &OwnedFd| fd.try_clone().map_err(GuestError::Eventfd);
     let (desc, avail, used) = ring.addresses();
     let place = RingPlace {
         size: ring.size(),
@@ -516,8 +518,8 @@ fn notified(
         desc,
         avail,
         used,
-        kick: twin(&kick)?,
-        call: twin(&call)?,
+        kick: kick.clone(),
+        call: call.clone(),
     };
     let indirect = features & feature::INDIRECT_DESC != 0;
     let side = Side {

@@ -6,6 +6,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -136,8 +137,8 @@ pub(super) struct RingPlace {
     pub(super) desc: u64,
     pub(super) avail: u64,
     pub(super) used: u64,
-    pub(super) kick: OwnedFd,
-    pub(super) call: OwnedFd,
+    pub(super) kick: Arc<OwnedFd>,
+    pub(super) call: Arc<OwnedFd>,
 }
 
 /// An open session.

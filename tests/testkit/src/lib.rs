@@ -17,6 +17,7 @@ pub mod qemu;
 pub mod ringway;
 pub mod skip;
 pub mod testpmd;
+pub mod topology;
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
