@@ -5,6 +5,7 @@
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -400,7 +401,7 @@ fn any_table() -> impl Strategy<Value = Vec<(u64, u64)>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn translate_agrees_with_a_slow_reference(
         table in any_table(),
@@ -695,6 +696,68 @@ fn a_memory_error_of_the_machine_costs_the_guest_that_has_the_page() {
         (1, 0),
         "the page was replaced, its neighbour not"
     );
+}
+
+/// A cgroup of memory below ours with a limit of 48 MiB, if we may make one.
+fn memory_cgroup() -> Option<PathBuf> {
+    let ours = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = |kind: &str| {
+        let line = ours.lines().find(|l| l.split(':').nth(1) == Some(kind))?;
+        Some(
+            line.splitn(3, ':')
+                .nth(2)?
+                .trim_start_matches('/')
+                .to_owned(),
+        )
+    };
+    let (root, limit) = match path("memory") {
+        Some(path) => (
+            Path::new("/sys/fs/cgroup/memory").join(path),
+            "memory.limit_in_bytes",
+        ),
+        None => (Path::new("/sys/fs/cgroup").join(path("")?), "memory.max"),
+    };
+    let group = root.join(format!("ringway-test-{}", std::process::id()));
+    std::fs::create_dir(&group).ok()?;
+    if std::fs::write(group.join(limit), (48 << 20).to_string()).is_err() {
+        let _ = std::fs::remove_dir(&group);
+        return None;
+    }
+    Some(group)
+}
+
+#[test]
+fn sparse_memory_of_many_guests_cannot_exhaust_our_memory_limit() {
+    const TEST: &str = "sparse_memory_of_many_guests_cannot_exhaust_our_memory_limit";
+    if let Ok(group) = std::env::var("GUEST_MEM_CHILD") {
+        let own = std::process::id().to_string();
+        std::fs::write(Path::new(&group).join("cgroup.procs"), own).unwrap();
+        return touch_all_holes();
+    }
+    let _alone = alone();
+    let group = guest_mem::can_arm().then(memory_cgroup).flatten();
+    let Some(group) = group else {
+        eprintln!("SKIPPED: needs userfaultfd and the right to make a memory cgroup (root)");
+        return;
+    };
+    let status = child(TEST, group.to_str().unwrap());
+    std::fs::remove_dir(&group).unwrap();
+    assert!(status.success(), "{status}");
+}
+
+/// Eight guests of 64 MiB that never touched a page, one after the other, each with a budget of 64 MiB.
+fn touch_all_holes() {
+    let mut guests = Vec::new();
+    for _ in 0..8 {
+        let file = memfd(64 << 20);
+        let mem = map_one(&file, 64 << 20);
+        (0..(64 << 20) / PAGE).for_each(|page| drop(read(&mem, page * PAGE)));
+        assert_eq!(mem.poison().cause(), Some(PoisonCause::OverBudget));
+        drop(mem); // it keeps its file, and with it what we were charged
+        guests.push(file);
+    }
+    let filled: u64 = guests.iter().map(allocated).sum();
+    assert!(filled > 4 << 20, "the first guest got its share: {filled}");
 }
 
 // ---- the process ----

@@ -31,7 +31,8 @@ use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, Once, PoisonError};
 
-use super::guest_poison::{FillBudget, Poison, PoisonCause};
+use super::guest_budget::FillBudget;
+use super::guest_poison::{Poison, PoisonCause};
 use super::guest_uffd::{HUGE, Uffd};
 
 /// What the handler needs to know of one mapping.

@@ -13,8 +13,9 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+pub use super::guest_budget::FillBudget;
 use super::guest_map::{Mapping, gate};
-pub use super::guest_poison::{FillBudget, Poison, PoisonCause};
+pub use super::guest_poison::{Poison, PoisonCause};
 pub use super::guest_spec::{FILL_BYTES, MapOptions, MemError, MemoryKind, RegionSpec};
 use super::guest_spec::{check_overlaps, check_shape};
 use super::guest_uffd::Uffd;
@@ -162,6 +163,7 @@ impl GuestMem {
         poison: &Arc<Poison>,
         options: &MapOptions,
     ) -> Result<GuestMem, MemError> {
+        options.fill_budget.renew();
         let uffd = if options.arm {
             Uffd::new().map(Arc::new)
         } else {

@@ -1,4 +1,4 @@
-//! What becomes of an attachment whose memory cannot be trusted, and how much of it is filled before that.
+//! What becomes of an attachment whose memory cannot be trusted.
 
 use std::fmt;
 use std::sync::Arc;
@@ -57,8 +57,8 @@ impl fmt::Display for PoisonCause {
                 "it took memory away that it had shared (file truncated or page removed)"
             }
             PoisonCause::OverBudget => {
-                "its buffers lie in pages it never touched, more than the port's fill budget; \
-                 raise the budget, or let it lock or preallocate its memory"
+                "its buffers lie in pages it never touched, more than we fill on our account; \
+                 let it lock or preallocate its memory"
             }
             PoisonCause::Hardware => "the machine reported a memory error in one of its pages",
         })
@@ -122,45 +122,5 @@ impl Poison {
     #[must_use]
     pub fn filled(&self) -> u64 {
         self.filled.load(Ordering::Relaxed)
-    }
-}
-
-/// How many bytes of a guest's untouched memory we fill for it: such pages are charged to *our* memory limit for as
-/// long as the guest keeps its file, so an unlimited budget would let a guest exhaust us.
-///
-/// A port that keeps one budget for all its attachments bounds what a guest that comes again and again can take.
-/// Any thread may use it.
-#[derive(Debug)]
-pub struct FillBudget {
-    left: AtomicU64,
-}
-
-impl FillBudget {
-    /// A budget of `bytes`.
-    #[must_use]
-    pub fn new(bytes: u64) -> Arc<FillBudget> {
-        Arc::new(FillBudget {
-            left: AtomicU64::new(bytes),
-        })
-    }
-
-    /// What is left of it, in bytes.
-    #[must_use]
-    pub fn left(&self) -> u64 {
-        self.left.load(Ordering::Relaxed)
-    }
-
-    /// Takes `bytes`, or nothing if less is left.
-    pub(super) fn take(&self, bytes: u64) -> bool {
-        // Relaxed: a count of its own, it orders nothing.
-        self.left
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
-                left.checked_sub(bytes)
-            })
-            .is_ok()
-    }
-
-    pub(super) fn give_back(&self, bytes: u64) {
-        self.left.fetch_add(bytes, Ordering::Relaxed);
     }
 }

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::guest_poison::FillBudget;
+use super::guest_budget::FillBudget;
 
 /// Page size of shmem, in bytes.
 pub(super) const PAGE: u64 = 4096;
@@ -33,8 +33,8 @@ pub struct MapOptions {
     pub max_regions: usize,
     /// Bytes per attachment: our address space (128 TiB) is shared by all guests.
     pub max_bytes: u64,
-    /// How much of the guest's untouched memory may be filled on our account. Clone the options and all attachments
-    /// of a port draw on one budget.
+    /// How much of the guest's untouched memory may be filled on our account (`guest_budget.rs`). Clone the options,
+    /// and all attachments of a port draw on one budget.
     ///
     /// Holes under receive buffers are normal for guests without hugepages: DPDK's `--no-huge` touches the head of
     /// each mbuf only, which leaves none for mbufs of 2 KiB but two pages of three for those of 10 KiB. The buffers of

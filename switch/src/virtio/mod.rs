@@ -1,6 +1,7 @@
 //! Rings in foreign memory; knows no frames and no ports.
 
 pub mod driver;
+mod guest_budget;
 pub mod guest_fault;
 mod guest_map;
 pub mod guest_mem;
