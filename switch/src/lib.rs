@@ -1,5 +1,6 @@
 //! Ringway
 
+pub mod cli;
 pub mod control;
 pub mod dataplane;
 pub mod guest;

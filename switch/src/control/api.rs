@@ -16,128 +16,22 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
-use utoipa::{IntoParams, OpenApi, ToSchema};
+use utoipa::{IntoParams, OpenApi};
 
-use super::config::{Config, ConfigError};
-use super::cpu::HostCpus;
+use super::config::Config;
+use super::metrics;
+pub use super::operator::{ErrorBody, Operator, Refusal, Reload, Removed, reload};
 use super::spec::{parse_port, port_from_json};
 use super::state::{
     Applied, FdbAdd, FdbFilter, FdbPage, PortSpec, PortStatus, QueueMove, StatsReport, Version,
     WorkerStatus,
 };
-use super::{metrics, plan};
 use crate::dataplane::eth::Mac;
 
 /// Stations in one answer unless more are asked for.
 const FDB_LIMIT: usize = 1000;
-
-/// Who answers: the engine. Calls may block for a while; they come from two threads at most.
-pub trait Operator: Send + Sync {
-    /// What is wanted now: the configuration it started with and all changes since.
-    fn config(&self) -> Config;
-    /// Goes to another configuration, doing only the difference, or changes nothing.
-    fn apply(&self, wanted: Config) -> Result<Applied, Refusal>;
-    /// Every port, in the order they were added.
-    fn ports(&self) -> Vec<PortStatus>;
-    /// One port.
-    fn port(&self, name: &str) -> Result<PortStatus, Refusal>;
-    /// Brings a port.
-    fn add_port(&self, spec: PortSpec) -> Result<PortStatus, Refusal>;
-    /// Takes a port away.
-    fn del_port(&self, name: &str) -> Result<(), Refusal>;
-    /// Gives a queue pair to another worker.
-    fn move_queue(&self, port: &str, to: &QueueMove) -> Result<PortStatus, Refusal>;
-    /// Stations that match, at most `limit` of them.
-    fn fdb(&self, filter: &FdbFilter, limit: usize) -> Result<FdbPage, Refusal>;
-    /// Forgets learned stations that match; says how many.
-    fn fdb_flush(&self, filter: &FdbFilter) -> Result<u64, Refusal>;
-    /// Adds a static station.
-    fn fdb_add(&self, station: &FdbAdd) -> Result<(), Refusal>;
-    /// Removes stations with this address, static ones too, in the bridge and VLAN of the filter; says how many.
-    fn fdb_del(&self, mac: Mac, filter: &FdbFilter) -> Result<u64, Refusal>;
-    /// All counters at one moment.
-    fn stats(&self) -> StatsReport;
-    /// Every worker.
-    fn workers(&self) -> Vec<WorkerStatus>;
-}
-
-/// Why something was not done: one sentence with the remedy, for a person.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    /// The thing meant does not exist.
-    #[error("{0}")]
-    NotFound(String),
-    /// It clashes with what is there.
-    #[error("{0}")]
-    Conflict(String),
-    /// It makes no sense.
-    #[error("{0}")]
-    Invalid(String),
-    /// It made sense and went wrong.
-    #[error("{0}")]
-    Failed(String),
-}
-
-impl Refusal {
-    /// For a port nobody has heard of; `names` are those there are.
-    pub fn no_port(name: &str, names: &[&str]) -> Refusal {
-        let remedy = super::keys::did_you_mean(name, names)
-            .unwrap_or_else(|| "ringway port list shows those there are".to_owned());
-        Refusal::NotFound(format!("there is no port {name:?}: {remedy}"))
-    }
-}
-
-impl From<ConfigError> for Refusal {
-    fn from(error: ConfigError) -> Self {
-        Refusal::Invalid(error.0)
-    }
-}
-
-/// The body of every error.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct ErrorBody {
-    /// What is wrong and what to do.
-    pub error: String,
-}
-
-impl IntoResponse for Refusal {
-    fn into_response(self) -> Response {
-        let status = match &self {
-            Refusal::NotFound(_) => StatusCode::NOT_FOUND,
-            Refusal::Conflict(_) => StatusCode::CONFLICT,
-            Refusal::Invalid(_) => StatusCode::BAD_REQUEST,
-            Refusal::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
-        };
-        (
-            status,
-            Json(ErrorBody {
-                error: self.to_string(),
-            }),
-        )
-            .into_response()
-    }
-}
-
-/// How many stations went.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize, ToSchema)]
-pub struct Removed {
-    /// That many.
-    pub removed: u64,
-}
-
-/// What to load again.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Reload {
-    /// The text of a configuration file; none: the file the switch was started with.
-    pub toml: Option<String>,
-    /// What to call that text in refusals.
-    pub name: Option<String>,
-    /// Only say what would be done.
-    pub dry_run: bool,
-}
 
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(default)]
@@ -154,40 +48,6 @@ pub(crate) struct Desk {
     pub(crate) config_file: Option<PathBuf>,
 }
 
-impl Desk {
-    /// Goes to the configuration in the file, or in the text given.
-    pub(crate) fn reload(&self, wanted: &Reload) -> Result<Applied, Refusal> {
-        let host = HostCpus::read(std::path::Path::new("/"));
-        let new = match (&wanted.toml, &self.config_file) {
-            (Some(text), _) => Config::parse(
-                text,
-                wanted.name.as_deref().unwrap_or("the configuration"),
-                &host,
-            )?,
-            (None, Some(file)) => Config::load(file, &host)?,
-            (None, None) => {
-                return Err(Refusal::Invalid(
-                    "this ringway was started without a configuration file: name one with ringway reload --config FILE".to_owned(),
-                ));
-            }
-        };
-        if !wanted.dry_run {
-            return self.operator.apply(new);
-        }
-        let old = self.operator.config();
-        let actions = plan::plan(&old, &new)?;
-        let unchanged = new
-            .ports
-            .iter()
-            .filter(|port| old.ports.contains(port))
-            .count();
-        Ok(Applied {
-            actions: actions.iter().map(ToString::to_string).collect(),
-            unchanged,
-        })
-    }
-}
-
 #[derive(OpenApi)]
 #[openapi(
     info(
@@ -197,7 +57,7 @@ impl Desk {
     paths(
         version,
         config,
-        reload,
+        reload_config,
         ports,
         port,
         add_port,
@@ -225,7 +85,7 @@ pub(crate) fn router(desk: Desk) -> Router {
     Router::new()
         .route("/v1/version", get(version))
         .route("/v1/config", get(config))
-        .route("/v1/reload", post(reload))
+        .route("/v1/reload", post(reload_config))
         .route("/v1/ports", get(ports).post(add_port))
         .route("/v1/ports/{name}", get(port).delete(del_port))
         .route("/v1/ports/{name}/move", post(move_queue))
@@ -300,13 +160,16 @@ async fn config(State(desk): State<Desk>) -> Result<Json<Config>, Refusal> {
 /// Goes to another wanted state; ports that are equal in both are not touched.
 #[utoipa::path(post, path = "/v1/reload", request_body = Reload,
     responses((status = 200, body = Applied), (status = 400, body = ErrorBody)))]
-async fn reload(State(desk): State<Desk>, bytes: Bytes) -> Result<Json<Applied>, Refusal> {
+async fn reload_config(State(desk): State<Desk>, bytes: Bytes) -> Result<Json<Applied>, Refusal> {
     let wanted: Reload = if bytes.is_empty() {
         Reload::default()
     } else {
         body(&bytes)?
     };
-    ask(desk, move |desk| desk.reload(&wanted)).await
+    ask(desk, move |desk| {
+        reload(&*desk.operator, desk.config_file.as_deref(), &wanted)
+    })
+    .await
 }
 
 /// Every port.

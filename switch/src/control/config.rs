@@ -5,13 +5,14 @@
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use toml::de::{DeTable, DeValue};
+use toml::de::DeTable;
 use utoipa::ToSchema;
 
 pub use super::keys::ConfigError;
 use super::keys::{Entry, Raw, check_keys};
-use super::spec::{check_beside, check_socket_path, list, port_from_entries};
-use super::state::{Idle, PortSpec};
+use super::spec::{check_beside, check_socket_path, list, port_from_entries, read_owner};
+use super::state::{Idle, Owner, Permissions, PortSpec};
+use super::toml_file::{Below, File};
 use crate::control::cpu::HostCpus;
 
 /// Stations the forwarding table holds unless told otherwise.
@@ -39,6 +40,14 @@ pub struct Config {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub api: Option<PathBuf>,
+    /// Permission bits of the control socket, `"0600"` unless told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub api_mode: Option<Permissions>,
+    /// Owner of the control socket.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub api_owner: Option<Owner>,
     /// The forwarding table.
     pub fdb: FdbSpec,
     /// The ports, in the order of the file.
@@ -109,30 +118,38 @@ impl Config {
         let entries = file.entries(table.get_ref());
         check_keys(
             &entries.plain,
-            &["workers", "idle", "api", "fdb", "port"],
+            &[
+                "workers",
+                "idle",
+                "api",
+                "api-mode",
+                "api-owner",
+                "fdb",
+                "port",
+            ],
             "the file",
         )?;
         let mut draft = Draft::default();
         for entry in &entries.plain {
-            match (entry.key.as_str(), entries.tables(&entry.key)) {
-                ("fdb", Some([fdb])) => draft.config.fdb = read_fdb(&fdb.entries)?,
+            match (entry.key.as_str(), entries.below(&entry.key)) {
+                ("fdb", Below::Table(fdb)) => draft.config.fdb = read_fdb(&fdb.entries)?,
                 ("fdb", _) => {
                     return Err(entry.refuse("must be one table: write [fdb] on a line of its own"));
                 }
-                ("port", Some(_)) => {}
-                ("port", None) => {
+                ("port", Below::List(ports)) => {
+                    for port in ports {
+                        let spec = port_from_entries(&port.entries, &port.at)?;
+                        draft.ports.push((port.at.clone(), spec));
+                    }
+                }
+                ("port", _) => {
                     return Err(
                         entry.refuse("must be a list of tables: write [[port]] above each port")
                     );
                 }
-                (_, Some(_)) => return Err(entry.refuse("is no table: write a value")),
+                (_, Below::Table(_)) => return Err(entry.refuse("is no table: write a value")),
                 _ => draft.set(entry)?,
             }
-        }
-        for port in entries.tables("port").unwrap_or_default() {
-            draft
-                .ports
-                .push((port.at.clone(), port_from_entries(&port.entries, &port.at)?));
         }
         draft.finish(host)
     }
@@ -163,6 +180,27 @@ impl Config {
         toml::to_string(self).expect("a Config has only what TOML can say")
     }
 
+    /// The CPUs the workers run on: those named, or those chosen.
+    pub fn worker_cpus(&self, host: &HostCpus) -> Vec<usize> {
+        match &self.workers {
+            Workers::Cpus(cpus) => cpus.clone(),
+            Workers::Count(count) => host.choose(*count),
+        }
+    }
+
+    /// Puts the control socket here, from now on for good.
+    pub fn listen_at(&mut self, api: PathBuf) -> Result<(), ConfigError> {
+        check_socket_path(&api)
+            .map_err(|why| ConfigError(format!("the control socket (api) {why}")))?;
+        match self.ports.iter().find(|port| port.socket == api) {
+            Some(port) => Err(ConfigError(taken_by_api(port))),
+            None => {
+                self.api = Some(api);
+                Ok(())
+            }
+        }
+    }
+
     /// The control socket.
     pub fn api_path(&self) -> Result<PathBuf, ConfigError> {
         self.api.clone().map_or_else(default_api_path, Ok)
@@ -180,6 +218,11 @@ pub fn default_api_path() -> Result<PathBuf, ConfigError> {
             "XDG_RUNTIME_DIR is not set, so there is no place for the control socket: name one with --api PATH".to_owned(),
         )),
     }
+}
+
+fn taken_by_api(port: &PortSpec) -> String {
+    let (name, socket) = (&port.name, port.socket.display());
+    format!("port {name:?}: socket {socket} is the control socket's: give the port its own")
 }
 
 /// A configuration that is being read, with the places its parts came from.
@@ -213,6 +256,8 @@ impl Draft {
                 self.api_at = entry.at.clone();
                 self.config.api = Some(path);
             }
+            "api-mode" => self.config.api_mode = Some(Permissions(entry.permissions()?)),
+            "api-owner" => self.config.api_owner = Some(read_owner(entry, Path::new("/etc"))?),
             _ => {} // tables are read by `Config::parse`
         }
         Ok(())
@@ -254,9 +299,8 @@ impl Draft {
                 .map_err(|error| ConfigError(format!("{at}: {error}")))?;
             if config.api.as_ref() == Some(&spec.socket) {
                 return Err(ConfigError(format!(
-                    "{at}: port {:?}: socket {} is the control socket's (api at {api_at}): give the port its own",
-                    spec.name,
-                    spec.socket.display()
+                    "{at}: {} (api at {api_at})",
+                    taken_by_api(&spec)
                 )));
             }
             config.ports.push(spec);
@@ -302,116 +346,11 @@ fn read_fdb(entries: &[Entry]) -> Result<FdbSpec, ConfigError> {
     Ok(fdb)
 }
 
-/// A text with a name, to turn offsets into places.
-struct File<'a> {
-    name: &'a str,
-    text: &'a str,
-}
-
-/// The keys of a table by their order in the file, and what stands in its sub-tables.
-struct Entries {
-    plain: Vec<Entry>,
-    tables: Vec<(String, Vec<Table>)>,
-}
-
-struct Table {
-    at: String,
-    entries: Vec<Entry>,
-}
-
-impl Entries {
-    fn tables(&self, key: &str) -> Option<&[Table]> {
-        self.tables
-            .iter()
-            .find(|(name, _)| name == key)
-            .map(|(_, tables)| tables.as_slice())
-    }
-}
-
-impl File<'_> {
-    fn at(&self, offset: usize) -> String {
-        let before = &self.text.as_bytes()[..offset.min(self.text.len())];
-        format!(
-            "{}:{}",
-            self.name,
-            1 + before.iter().filter(|byte| **byte == b'\n').count()
-        )
-    }
-
-    fn entries(&self, table: &DeTable<'_>) -> Entries {
-        let mut found = Entries {
-            plain: self.plain(table),
-            tables: Vec::new(),
-        };
-        for (key, value) in table {
-            let tables: Vec<Table> = match value.get_ref() {
-                DeValue::Table(inner) => vec![(value.span().start, inner)],
-                DeValue::Array(items) => {
-                    let inner = items
-                        .iter()
-                        .filter_map(|item| Some((item.span().start, item.get_ref().as_table()?)));
-                    let inner: Vec<_> = inner.collect();
-                    if inner.len() == items.len() {
-                        inner
-                    } else {
-                        Vec::new()
-                    }
-                }
-                _ => Vec::new(),
-            }
-            .into_iter()
-            .map(|(offset, inner)| Table {
-                at: self.at(offset),
-                entries: self.plain(inner),
-            })
-            .collect();
-            if !tables.is_empty() {
-                found.tables.push((key.get_ref().to_string(), tables));
-            }
-        }
-        found
-    }
-
-    fn plain(&self, table: &DeTable<'_>) -> Vec<Entry> {
-        let mut entries: Vec<_> = table
-            .iter()
-            .map(|(key, value)| {
-                let at = key.span().start;
-                (
-                    at,
-                    Entry {
-                        at: self.at(at),
-                        key: key.get_ref().to_string(),
-                        value: raw_toml(value.get_ref()),
-                    },
-                )
-            })
-            .collect();
-        entries.sort_by_key(|(offset, _)| *offset);
-        entries.into_iter().map(|(_, entry)| entry).collect()
-    }
-}
-
-fn raw_toml(value: &DeValue<'_>) -> Raw {
-    match value {
-        DeValue::String(text) => Raw::Str(text.to_string()),
-        DeValue::Integer(number) => i64::from_str_radix(number.as_str(), number.radix())
-            .map_or(Raw::Other("so large a number"), Raw::Int),
-        DeValue::Array(items) => {
-            Raw::List(items.iter().map(|item| raw_toml(item.get_ref())).collect())
-        }
-        DeValue::Boolean(_) => Raw::Other("a boolean"),
-        DeValue::Float(_) => Raw::Other("a number with a point"),
-        DeValue::Datetime(_) => Raw::Other("a date"),
-        DeValue::Table(_) => Raw::Other("a table"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::state::{Hugepages, Owner, Permissions, SocketMode};
+    use super::super::state::{Hugepages, SocketMode};
     use super::*;
 
     fn parse(text: &str) -> Result<Config, ConfigError> {
@@ -493,6 +432,8 @@ mod tests {
                 workers: Workers::Cpus((0..8).collect()),
                 idle: Idle::Adaptive,
                 api: Some("/run/ringway/api.sock".into()),
+                api_mode: Some(Permissions(0o660)),
+                api_owner: Some(Owner { uid: None, gid: Some(7) }),
                 fdb: FdbSpec { capacity, age, reserved: 3 },
                 ports: vec![blue, red],
             };

@@ -205,27 +205,34 @@ fn affinity(root: &Path) -> BTreeSet<usize> {
     line.and_then(parse_list).unwrap_or_default()
 }
 
-/// The cpuset of this process's cgroup: version 2, or the `cpuset` hierarchy of version 1. A cgroup without the controller has its
-/// parent's.
 fn cpuset(root: &Path) -> Option<BTreeSet<usize>> {
+    parse_list(&cgroup_file(
+        root,
+        "cpuset",
+        "cpuset.cpus.effective",
+        "cpuset.effective_cpus",
+    )?)
+}
+
+/// A file of this process's cgroup that is not empty: of version 2, or of the `controller`'s hierarchy of version 1. A cgroup
+/// without the file has its parent's.
+pub(crate) fn cgroup_file(root: &Path, controller: &str, v2: &str, v1: &str) -> Option<String> {
     let groups = std::fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
     groups.lines().find_map(|line| {
         let mut fields = line.splitn(3, ':').skip(1);
         let (controllers, path) = (fields.next()?, fields.next()?);
+        let base = root.join("sys/fs/cgroup");
         let (base, file) = match controllers {
-            "" => ("sys/fs/cgroup", "cpuset.cpus.effective"),
-            some if some.split(',').any(|name| name == "cpuset") => {
-                ("sys/fs/cgroup/cpuset", "cpuset.effective_cpus")
-            }
+            "" => (base, v2),
+            some if some.split(',').any(|name| name == controller) => (base.join(controller), v1),
             _ => return None,
         };
-        let base = root.join(base);
         let group = base.join(path.trim_start_matches('/'));
         let up = group
             .ancestors()
             .take_while(|group| group.starts_with(&base));
-        up.filter_map(|group| read_list(&group.join(file)))
-            .find(|cpus| !cpus.is_empty())
+        up.filter_map(|group| std::fs::read_to_string(group.join(file)).ok())
+            .find(|text| !text.trim().is_empty())
     })
 }
 

@@ -86,16 +86,24 @@ const WORKER_COUNTERS: [WorkerCounter; 5] = [
 
 impl Collector for Moment {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        self.ports(&mut encoder)?;
+        self.workers(&mut encoder)?;
+        self.whole(&mut encoder)
+    }
+}
+
+impl Moment {
+    fn ports(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let ports = &self.stats.ports;
         for (name, help, read) in COUNTERS {
-            let ports = self
-                .stats
-                .ports
+            let values = ports
                 .iter()
                 .map(|(port, counters)| (vec![("port", port.as_str())], read(counters)));
-            family(&mut encoder, name, help, Kind::Counter, ports)?;
+            family(encoder, name, help, Kind::Counter, values)?;
         }
-        let drops = self.stats.ports.iter().flat_map(|(port, counters)| {
-            counters.dropped.iter().map(move |(reason, frames)| {
+        let drops = ports.iter().flat_map(|(port, counters)| {
+            let reasons = counters.dropped.iter();
+            reasons.map(move |(reason, frames)| {
                 (
                     vec![("port", port.as_str()), ("reason", reason.as_str())],
                     *frames,
@@ -103,73 +111,77 @@ impl Collector for Moment {
             })
         });
         family(
-            &mut encoder,
+            encoder,
             "port_dropped_frames",
             "Frames that went nowhere, by reason",
             Kind::Counter,
             drops,
         )?;
-        let states = self
+        let states: Vec<_> = self
             .states
             .iter()
             .map(|(port, state)| (port, state.to_string()))
-            .collect::<Vec<_>>();
+            .collect();
         let states = states
             .iter()
             .map(|(port, state)| (vec![("port", port.as_str()), ("state", state.as_str())], 1));
         family(
-            &mut encoder,
+            encoder,
             "port_state",
             "1 for the state the port is in",
             Kind::Gauge,
             states,
-        )?;
-        let cpus: Vec<String> = self
-            .stats
-            .workers
+        )
+    }
+
+    fn workers(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let workers = &self.stats.workers;
+        let cpus: Vec<String> = workers
             .iter()
             .map(|worker| worker.cpu.to_string())
             .collect();
         for (name, help, read) in WORKER_COUNTERS {
-            let workers = self
-                .stats
-                .workers
+            let values = workers
                 .iter()
                 .zip(&cpus)
                 .map(|(worker, cpu)| (vec![("cpu", cpu.as_str())], read(worker)));
-            family(&mut encoder, name, help, Kind::Counter, workers)?;
+            family(encoder, name, help, Kind::Counter, values)?;
         }
-        let fdb = &self.stats.fdb;
-        let one = |value| std::iter::once((Labels::new(), value));
-        family(
-            &mut encoder,
-            "fdb_stations",
-            "Stations in the forwarding table",
-            Kind::Gauge,
-            one(fdb.used),
-        )?;
-        family(
-            &mut encoder,
-            "fdb_capacity",
-            "Stations the forwarding table can hold",
-            Kind::Gauge,
-            one(fdb.capacity),
-        )?;
-        family(
-            &mut encoder,
-            "uptime_seconds",
-            "Seconds since the start",
-            Kind::Gauge,
-            one(self.stats.uptime_seconds as u64),
-        )?;
-        let build = std::iter::once((vec![("version", env!("CARGO_PKG_VERSION"))], 1));
-        family(
-            &mut encoder,
-            "build_info",
-            "1, with the version as label",
-            Kind::Gauge,
-            build,
-        )
+        Ok(())
+    }
+
+    fn whole(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let StatsReport {
+            fdb,
+            uptime_seconds,
+            ..
+        } = &self.stats;
+        let version = vec![("version", env!("CARGO_PKG_VERSION"))];
+        let gauges = [
+            (
+                "fdb_stations",
+                "Stations in the forwarding table",
+                vec![],
+                fdb.used,
+            ),
+            (
+                "fdb_capacity",
+                "Stations the forwarding table can hold",
+                vec![],
+                fdb.capacity,
+            ),
+            (
+                "uptime_seconds",
+                "Seconds since the start",
+                vec![],
+                *uptime_seconds as u64,
+            ),
+            ("build_info", "1, with the version as label", version, 1),
+        ];
+        for (name, help, labels, value) in gauges {
+            family(encoder, name, help, Kind::Gauge, [(labels, value)])?;
+        }
+        Ok(())
     }
 }
 
@@ -184,7 +196,7 @@ fn family<'a>(
     name: &str,
     help: &str,
     kind: Kind,
-    values: impl Iterator<Item = (Labels<'a>, u64)>,
+    values: impl IntoIterator<Item = (Labels<'a>, u64)>,
 ) -> Result<(), fmt::Error> {
     let metric_type = match kind {
         Kind::Counter => MetricType::Counter,

@@ -58,6 +58,8 @@ pub fn plan(old: &Config, new: &Config) -> Result<Vec<Action>, ConfigError> {
     let fixed = [
         ("workers", old.workers == new.workers),
         ("api", old.api == new.api),
+        ("api-mode", old.api_mode == new.api_mode),
+        ("api-owner", old.api_owner == new.api_owner),
         ("fdb.capacity", old.fdb.capacity == new.fdb.capacity),
     ];
     if let Some((key, _)) = fixed.iter().find(|(_, same)| !same) {

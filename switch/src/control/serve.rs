@@ -63,22 +63,32 @@ pub struct ApiSettings {
 }
 
 impl ApiSettings {
+    /// For its owner alone, unless told.
+    pub const MODE: Permissions = Permissions(0o600);
+
     /// A socket for its owner alone.
     pub fn private(path: impl Into<PathBuf>) -> Self {
         ApiSettings {
             path: path.into(),
-            mode: Permissions(0o600),
+            mode: Self::MODE,
             owner: None,
             config_file: None,
         }
     }
 }
 
-impl Api {
-    /// Listens, and answers from a thread of its own until stopped.
-    pub fn start(settings: ApiSettings, operator: Arc<dyn Operator>) -> Result<Api, ConfigError> {
+/// A control socket that is taken but not answered yet: clients wait.
+#[derive(Debug)]
+pub struct Waiting {
+    settings: ApiSettings,
+    socket: OwnedSocket,
+}
+
+impl Waiting {
+    /// Answers from a thread of its own until dropped.
+    pub fn serve(self, operator: Arc<dyn Operator>) -> Result<Api, ConfigError> {
+        let Waiting { settings, socket } = self;
         let path = settings.path;
-        let socket = OwnedSocket::listen(&path, settings.mode, settings.owner)?;
         let failed = |error: std::io::Error| {
             ConfigError(format!("{}: cannot be served: {error}", path.display()))
         };
@@ -105,6 +115,14 @@ impl Api {
             stop,
             thread: Some(thread),
         })
+    }
+}
+
+impl Api {
+    /// Takes the socket.
+    pub fn listen(settings: ApiSettings) -> Result<Waiting, ConfigError> {
+        let socket = OwnedSocket::listen(&settings.path, settings.mode, settings.owner)?;
+        Ok(Waiting { settings, socket })
     }
 
     /// The socket.

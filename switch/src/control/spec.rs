@@ -213,7 +213,7 @@ pub(crate) fn check_socket_path(path: &Path) -> Result<(), String> {
 }
 
 /// Reads `user:group`, `user` or `:group`, by number or by a name in `passwd` and `group` of `etc`.
-fn read_owner(entry: &Entry, etc: &Path) -> Result<Owner, ConfigError> {
+pub(crate) fn read_owner(entry: &Entry, etc: &Path) -> Result<Owner, ConfigError> {
     let text =
         entry.text("write user:group, by name or number, like \"root:libvirt\" or \":1000\"")?;
     let (user, group) = text.split_once(':').unwrap_or((text, ""));
