@@ -264,9 +264,13 @@ impl Device {
             return Ok(());
         }
         let rings = self.equip(built);
-        self.handle
-            .attach(rings)
-            .map_err(|error| error.to_string())?;
+        if let Err(error) = self.handle.attach(rings) {
+            self.guest
+                .rings
+                .iter_mut()
+                .for_each(|ring| ring.live = false);
+            return Err(format!("no worker takes the rings: {error}"));
+        }
         self.live = true;
         self.complaint = None;
         Ok(())

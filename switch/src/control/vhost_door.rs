@@ -20,7 +20,7 @@ use super::state::{Permissions, PortSpec, PortState};
 /// Permissions of a socket that names none: owner and group.
 const PERMISSIONS: Permissions = Permissions(0o660);
 /// How often a listening socket is looked after: somebody may have removed its file.
-const LOOK: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_secs(2);
 /// Between two attempts to connect where somebody may listen at any moment.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 /// The same after many attempts.

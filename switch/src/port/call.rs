@@ -297,7 +297,7 @@ mod tests {
                 read(&call);
             };
             time("write(2)", &|| {
-                drop(rustix::io::write(&second, &1u64.to_ne_bytes()))
+                assert_eq!(rustix::io::write(&second, &1u64.to_ne_bytes()), Ok(8))
             });
             time("Call::signal", &|| call.signal());
         }
