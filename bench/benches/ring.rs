@@ -31,7 +31,10 @@ struct Line {
 
 fn line(way: Way, features: u64, regions: u64, frame: u32) -> Line {
     let pool = u64::from(SIZE) * STRIDE;
-    let mem = OwnMem::new((1 << 20) + pool, 0x4000_0000, false).expect("memory");
+    let len = (1 << 20) + pool;
+    let mem = OwnMem::new(len, 0x4000_0000, true) // hugepages, if the host has some
+        .or_else(|_| OwnMem::new(len, 0x4000_0000, false))
+        .expect("memory");
     let setup = DriverSetup {
         mem: mem.clone(),
         at: mem.gpa(),
