@@ -13,3 +13,5 @@ pub mod own_mem;
 pub mod packed;
 pub mod ring;
 pub mod split;
+#[cfg(test)]
+mod tests;

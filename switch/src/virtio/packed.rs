@@ -218,7 +218,6 @@ impl PackedRing {
 
     /// Walks a chain (§2.8.6), at most `left` descriptors. Returns the buffer, the slots it takes and its id.
     #[cold]
-    #[expect(clippy::type_complexity, reason = "one caller")]
     fn chain(
         &mut self,
         buffers: &mut Buffers,

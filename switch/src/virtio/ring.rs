@@ -320,7 +320,7 @@ pub enum BadSetup {
 impl RingSetup {
     /// Finds a part of the ring in our address space.
     pub(super) fn part(&self, at: u64, len: u64, align: u64) -> Result<*mut u8, BadSetup> {
-        if at % align != 0 {
+        if !at.is_multiple_of(align) {
             return Err(BadSetup::Align(at));
         }
         let part = self
@@ -328,7 +328,7 @@ impl RingSetup {
             .translate_uva(at, len)
             .map(NonNull::as_ptr)
             .ok_or(BadSetup::Outside(at))?;
-        if part.addr() as u64 % align != 0 {
+        if !(part.addr() as u64).is_multiple_of(align) {
             return Err(BadSetup::Align(at));
         }
         Ok(part)

@@ -108,14 +108,15 @@ impl SplitRing {
         let mut pending = self.seen.wrapping_sub(self.next);
         if usize::from(pending) < most {
             // Acquire: pairs with the guest's Release store of avail.idx (§2.7.13.3): what it announces is written.
-            self.seen = self.avail_u16(2).load(Ordering::Acquire);
-            pending = self.seen.wrapping_sub(self.next);
+            let idx = self.avail_u16(2).load(Ordering::Acquire);
+            pending = idx.wrapping_sub(self.next);
             if pending > self.size {
                 return Err(Lie::AvailIdx {
                     pending,
                     size: self.size,
                 });
             }
+            self.seen = idx;
         }
         let count = usize::from(pending).min(most);
         if count == 0 {
