@@ -19,8 +19,8 @@ use ringway::port::doze::Bed;
 use ringway::port::shared;
 use ringway::port::vhost::{FromGuest, ToGuest};
 use ringway::virtio::driver::{DriverRing, DriverSetup, Used};
-use ringway::virtio::guest_fault::Poison;
-use ringway::virtio::guest_mem::{GuestMem, MapOptions};
+
+use ringway::virtio::guest_mem::{GuestMem, MapOptions, Poison};
 use ringway::virtio::own_mem::OwnMem;
 use ringway::virtio::ring::{NET_HEADER, Ring, RingSetup, Way, feature};
 
@@ -39,13 +39,48 @@ struct Row {
 
 const BASE: u64 = feature::VERSION_1 | feature::MRG_RXBUF | feature::IN_ORDER;
 const ROWS: &[Row] = &[
-    Row { name: "split 64 B", features: BASE, frame: 64, stations: 1 },
-    Row { name: "split, not in order 64 B", features: feature::VERSION_1, frame: 64, stations: 1 },
-    Row { name: "packed 64 B", features: BASE | feature::RING_PACKED, frame: 64, stations: 1 },
-    Row { name: "split 64 B, 10,000 stations", features: BASE, frame: 64, stations: 10_000 },
-    Row { name: "split 64 B, 100,000 stations", features: BASE, frame: 64, stations: 100_000 },
-    Row { name: "split 1518 B", features: BASE, frame: 1518, stations: 1 },
-    Row { name: "packed 1518 B", features: BASE | feature::RING_PACKED, frame: 1518, stations: 1 },
+    Row {
+        name: "split 64 B",
+        features: BASE,
+        frame: 64,
+        stations: 1,
+    },
+    Row {
+        name: "split, not in order 64 B",
+        features: feature::VERSION_1,
+        frame: 64,
+        stations: 1,
+    },
+    Row {
+        name: "packed 64 B",
+        features: BASE | feature::RING_PACKED,
+        frame: 64,
+        stations: 1,
+    },
+    Row {
+        name: "split 64 B, 10,000 stations",
+        features: BASE,
+        frame: 64,
+        stations: 10_000,
+    },
+    Row {
+        name: "split 64 B, 100,000 stations",
+        features: BASE,
+        frame: 64,
+        stations: 100_000,
+    },
+    Row {
+        name: "split 1518 B",
+        features: BASE,
+        frame: 1518,
+        stations: 1,
+    },
+    Row {
+        name: "packed 1518 B",
+        features: BASE | feature::RING_PACKED,
+        frame: 1518,
+        stations: 1,
+    },
 ];
 
 /// One queue pair, the guest's side.
@@ -73,7 +108,13 @@ impl Guest {
         let pool = u64::from(SIZE) * stride;
         let mem = OwnMem::new((4 << 20) + 2 * pool, GUEST, hugepages).expect("guest memory");
         let ring = |at, way| {
-            let setup = DriverSetup { mem: mem.clone(), at: GUEST + at, size: SIZE, features: row.features, way };
+            let setup = DriverSetup {
+                mem: mem.clone(),
+                at: GUEST + at,
+                size: SIZE,
+                features: row.features,
+                way,
+            };
             DriverRing::new(setup).expect("driver ring")
         };
         let (tx, mut rx) = (ring(0, Way::FromGuest), ring(1 << 20, Way::ToGuest));
@@ -81,14 +122,32 @@ impl Guest {
         for index in 0..u64::from(SIZE) {
             let at = frames + index * stride + HEADROOM;
             let header = [0u8; NET_HEADER as usize];
-            let frame = [&mac(1 - number, 0)[..], &mac(number, 0), &[8, 0], &vec![0x5a; row.frame as usize - 14]].concat();
+            let frame = [
+                &mac(1 - number, 0)[..],
+                &mac(number, 0),
+                &[8, 0],
+                &vec![0x5a; row.frame as usize - 14],
+            ]
+            .concat();
             assert!(mem.write(at, &header) && mem.write(at + u64::from(NET_HEADER), &frame));
             let buffer = frames + pool + index * stride + HEADROOM;
             assert_eq!(rx.post(&[(buffer, (stride - HEADROOM) as u32)]), 1);
         }
         let region = vec![mem.region().expect("region")];
-        let seen = GuestMem::map(region, &Poison::new(), &MapOptions::default()).expect("switch maps it");
-        let guest = Guest { mem, tx, rx, frames, stride, sent: 0, received: 0, gaps: 0, number, stations: row.stations };
+        let seen =
+            GuestMem::map(region, &Poison::new(), &MapOptions::default()).expect("switch maps it");
+        let guest = Guest {
+            mem,
+            tx,
+            rx,
+            frames,
+            stride,
+            sent: 0,
+            received: 0,
+            gaps: 0,
+            number,
+            stations: row.stations,
+        };
         (guest, Arc::new(seen))
     }
 
@@ -105,7 +164,8 @@ impl Guest {
                 if self.stations > 1 {
                     self.mem.write(at + u64::from(NET_HEADER) + 6, &source);
                 }
-                self.mem.write(at + u64::from(NET_HEADER) + 14, &sequence.to_le_bytes());
+                self.mem
+                    .write(at + u64::from(NET_HEADER) + 14, &sequence.to_le_bytes());
                 *post = (at, frame + NET_HEADER);
             }
             self.sent += self.tx.post(&posts[..room]) as u64;
@@ -115,7 +175,8 @@ impl Guest {
         let mut posts = [(0u64, 0u32); 64];
         for (used, post) in used[..count].iter().zip(&mut posts) {
             let mut sequence = [0; 8];
-            self.mem.read(used.addr + u64::from(NET_HEADER) + 14, &mut sequence);
+            self.mem
+                .read(used.addr + u64::from(NET_HEADER) + 14, &mut sequence);
             let sequence = u64::from_le_bytes(sequence);
             self.gaps += u64::from(sequence != self.received);
             self.received = sequence + 1;
@@ -150,11 +211,24 @@ struct Outcome {
 }
 
 fn run(row: &Row, time: Duration, hugepages: bool) -> Outcome {
-    let shared = Arc::new(Shared { fdb: Fdb::new(FdbSettings { capacity: 200_000, ..FdbSettings::default() }), seconds: 1.into() });
+    let shared = Arc::new(Shared {
+        fdb: Fdb::new(FdbSettings {
+            capacity: 200_000,
+            ..FdbSettings::default()
+        }),
+        seconds: 1.into(),
+    });
     let (bed, bell) = Bed::new().expect("epoll");
     let (mail, slot) = mailbox(bell);
     let counters = Arc::<WorkerCounters>::default();
-    let worker = Worker::new(0, shared.clone(), counters.clone(), slot, Idle::Poll, Box::new(bed));
+    let worker = Worker::new(
+        0,
+        shared.clone(),
+        counters.clone(),
+        slot,
+        Idle::Poll,
+        Box::new(bed),
+    );
     let thread = std::thread::spawn(move || {
         core_affinity::set_for_current(core_affinity::CoreId { id: 0 });
         worker.run()
@@ -165,25 +239,50 @@ fn run(row: &Row, time: Duration, hugepages: bool) -> Outcome {
     let mut books: Vec<Arc<QueueCounters>> = Vec::new();
     for number in 0..2u8 {
         let (guest, mem) = Guest::new(number, row, hugepages);
-        let (rx, tx) = (Arc::<QueueCounters>::default(), Arc::<QueueCounters>::default());
-        let to = ToGuest::new(ring(&guest.rx, &mem, row, Way::ToGuest), None, row.features & feature::MRG_RXBUF != 0);
+        let (rx, tx) = (
+            Arc::<QueueCounters>::default(),
+            Arc::<QueueCounters>::default(),
+        );
+        let to = ToGuest::new(
+            ring(&guest.rx, &mem, row, Way::ToGuest),
+            None,
+            row.features & feature::MRG_RXBUF != 0,
+        );
         let queues: Vec<Arc<dyn TxQueue>> = vec![Arc::new(shared::Shared::new(to, tx.clone()))];
-        exits.push(Some(Exit { generation: 1, domain: Domain(0), queues }));
+        exits.push(Some(Exit {
+            generation: 1,
+            domain: Domain(0),
+            queues,
+        }));
         let source = Source {
-            id: QueueId { port: PortId(u16::from(number)), pair: 0 },
+            id: QueueId {
+                port: PortId(u16::from(number)),
+                pair: 0,
+            },
             domain: Domain(0),
             generation: 1,
             counters: rx.clone(),
         };
-        let from = FromGuest::new(ring(&guest.tx, &mem, row, Way::FromGuest), None, None, 65_535);
-        slots.push(Box::new(RxSlot { source, queue: Box::new(from) }));
+        let from = FromGuest::new(
+            ring(&guest.tx, &mem, row, Way::FromGuest),
+            None,
+            None,
+            65_535,
+        );
+        slots.push(Box::new(RxSlot {
+            source,
+            queue: Box::new(from),
+        }));
         let key = Key::new(Domain(0), Mac::from_bytes(mac(number, 0)));
         let hash = shared.fdb.hash(key);
         shared.fdb.learn(key, hash, PortId(u16::from(number)), 1, 1);
         books.extend([rx, tx]);
         guests.push(guest);
     }
-    drop(mail.show(Arc::new(Topology::new(exits))).expect("worker runs"));
+    drop(
+        mail.show(Arc::new(Topology::new(exits)))
+            .expect("worker runs"),
+    );
     for slot in slots {
         mail.attach(slot).expect("worker runs");
     }
@@ -195,11 +294,20 @@ fn run(row: &Row, time: Duration, hugepages: bool) -> Outcome {
             guest.turn(row.frame);
         });
     }
-    let snapshot = || (counters.busy_cycles.load(Relaxed), counters.total_cycles.load(Relaxed), counters.received.frames());
+    let snapshot = || {
+        (
+            counters.busy_cycles.load(Relaxed),
+            counters.total_cycles.load(Relaxed),
+            counters.received.frames(),
+        )
+    };
     let (before, start, mut frames) = (snapshot(), Instant::now(), 0);
     while start.elapsed() < time && !stop.load(Relaxed) {
         for _ in 0..32 {
-            frames += guests.iter_mut().map(|guest| guest.turn(row.frame)).sum::<u64>();
+            frames += guests
+                .iter_mut()
+                .map(|guest| guest.turn(row.frame))
+                .sum::<u64>();
         }
     }
     let (after, seconds) = (snapshot(), start.elapsed().as_secs_f64());
@@ -210,21 +318,49 @@ fn run(row: &Row, time: Duration, hugepages: bool) -> Outcome {
         cycles: (after.0 - before.0) as f64 / (after.2 - before.2).max(1) as f64,
         busy: (after.0 - before.0) as f64 / (after.1 - before.1).max(1) as f64,
         gaps: guests.iter().map(|guest| guest.gaps).sum(),
-        dropped: books.iter().map(|book| Reason::ALL.iter().map(|reason| book.dropped(*reason)).sum::<u64>()).sum(),
+        dropped: books
+            .iter()
+            .map(|book| {
+                Reason::ALL
+                    .iter()
+                    .map(|reason| book.dropped(*reason))
+                    .sum::<u64>()
+            })
+            .sum(),
     }
 }
 
 fn main() {
-    let wanted: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
+    let wanted: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|arg| !arg.starts_with("--"))
+        .collect();
     let hugepages = OwnMem::new(16 << 20, GUEST, true).is_ok();
-    println!("guest memory: {}", if hugepages { "2 MiB pages" } else { "4 KiB pages (no hugepages are free)" });
-    println!("{:<32} {:>8} {:>13} {:>6} {:>8} {:>9}", "", "Mpps", "cycles/frame", "busy", "gaps", "dropped");
-    for row in ROWS.iter().filter(|row| wanted.is_empty() || wanted.iter().any(|word| row.name.contains(word.as_str()))) {
+    println!(
+        "guest memory: {}",
+        if hugepages {
+            "2 MiB pages"
+        } else {
+            "4 KiB pages (no hugepages are free)"
+        }
+    );
+    println!(
+        "{:<32} {:>8} {:>13} {:>6} {:>8} {:>9}",
+        "", "Mpps", "cycles/frame", "busy", "gaps", "dropped"
+    );
+    for row in ROWS.iter().filter(|row| {
+        wanted.is_empty() || wanted.iter().any(|word| row.name.contains(word.as_str()))
+    }) {
         for _ in 0..3 {
             let o = run(row, Duration::from_millis(700), hugepages);
             println!(
                 "{:<32} {:>8.1} {:>13.1} {:>5.0}% {:>8} {:>9}",
-                row.name, o.mpps, o.cycles, o.busy * 100.0, o.gaps, o.dropped
+                row.name,
+                o.mpps,
+                o.cycles,
+                o.busy * 100.0,
+                o.gaps,
+                o.dropped
             );
         }
     }

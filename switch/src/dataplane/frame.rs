@@ -123,8 +123,8 @@ impl Slots {
             )
         };
         if readable >= HEAD_LEN as u32 {
-            // SAFETY: HEAD_LEN bytes can be read at `at` (just checked against the caller's promise). Volatile: read exactly once.
-            *head = unsafe { ptr::read_volatile(at.cast::<Unaligned>()) }.into();
+            // SAFETY: HEAD_LEN bytes can be read at `at` (just checked against the caller's promise).
+            unsafe { head.fill_once(at) };
         } else {
             head.0 = [0; HEAD_LEN];
             // SAFETY: `len <= readable < HEAD_LEN`, and the caller promised `len` readable bytes.
@@ -257,7 +257,7 @@ impl Burst<'_> {
             // SAFETY: the frame is longer than the head, so `to` takes the head and the rest; `at` has `len` readable
             // bytes (promised to `push`) while the burst lives.
             unsafe {
-                to.cast::<Unaligned>().write_unaligned(Unaligned(head.0));
+                ptr::copy_nonoverlapping(head.0.as_ptr(), to, HEAD_LEN);
                 ptr::copy_nonoverlapping(frame.at.add(HEAD_LEN), to.add(HEAD_LEN), len - HEAD_LEN);
             }
         } else {
@@ -312,15 +312,33 @@ impl Burst<'_> {
     }
 }
 
-/// A head's worth of bytes without alignment, so that one volatile read takes them all.
+/// What one load takes. A volatile read of a larger type would become a load per byte.
+#[cfg(target_arch = "x86_64")]
+type Wide = core::arch::x86_64::__m128i;
+#[cfg(not(target_arch = "x86_64"))]
+type Wide = u64;
+
+/// A [`Wide`] at any address.
 #[derive(Clone, Copy)]
 #[repr(C, packed)]
-struct Unaligned([u8; HEAD_LEN]);
+struct Unaligned(Wide);
 
-impl From<Unaligned> for Head {
+impl Head {
+    /// Reads a whole head from foreign memory, each byte exactly once.
+    ///
+    /// # Safety
+    /// [`HEAD_LEN`] bytes can be read at `from`.
     #[inline]
-    fn from(bytes: Unaligned) -> Head {
-        Head(bytes.0)
+    unsafe fn fill_once(&mut self, from: *const u8) {
+        const WIDE: usize = size_of::<Wide>();
+        for at in (0..HEAD_LEN).step_by(WIDE) {
+            // SAFETY: `at + WIDE <= HEAD_LEN`, the bytes readable at `from` and writable here; `Unaligned` may lie anywhere.
+            // Volatile: exactly one load each.
+            unsafe {
+                let wide = ptr::read_volatile(from.add(at).cast::<Unaligned>());
+                self.0.as_mut_ptr().add(at).cast::<Unaligned>().write(wide);
+            }
+        }
     }
 }
 
