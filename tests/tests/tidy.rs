@@ -21,7 +21,10 @@ fn sources(dir: &str) -> Vec<(String, String)> {
         for entry in entries.map(|entry| entry.unwrap().path()) {
             if entry.is_dir() {
                 open.push(entry);
-            } else if entry.extension().is_some_and(|ext| ext == "rs") && !entry.ends_with("tests.rs") && !entry.ends_with("model.rs") {
+            } else if entry.extension().is_some_and(|ext| ext == "rs")
+                && !entry.ends_with("tests.rs")
+                && !entry.ends_with("model.rs")
+            {
                 let name = entry.strip_prefix(root()).unwrap().display().to_string();
                 found.push((name, fs::read_to_string(&entry).unwrap()));
             }
