@@ -20,7 +20,7 @@ use super::port_state::{GuestState, RingAddr, RingState, way};
 use super::state::{Direction, Hugepages, MemoryRegion, Peer, PortSpec, PortState, RingKind};
 use crate::port::call::{Call, is_eventfd};
 use crate::port::vhost::{FromGuest, ToGuest};
-use crate::virtio::guest_mem::{GuestMem, MapOptions, Poison, RegionSpec};
+use crate::virtio::guest_mem::{GuestMem, MapOptions, Poison, Region, RegionSpec};
 use crate::virtio::ring::{Ring, Way, feature};
 
 /// Memory regions a guest may have at one time (GET_MAX_MEM_SLOTS).
@@ -620,6 +620,13 @@ impl VhostUserBackendReqHandlerMut for Device {
         _: Option<bool>,
     ) -> Result<Option<u64>> {
         let spec = region(added, fd);
+        // QEMU 7.2 tells each region once per queue pair. That the file is the same too is the guest's own affair.
+        let same = |r: &Region| (r.gpa(), r.len(), r.uva()) == (spec.gpa, spec.len, spec.uva);
+        let mem = self.guest.mem.as_ref();
+        let mapped = mem.is_some_and(|mem| mem.regions().any(same));
+        if mapped && self.guest.offsets.contains(&(spec.gpa, spec.offset)) {
+            return Ok(None);
+        }
         let mut offsets = self.guest.offsets.clone();
         offsets.push((spec.gpa, spec.offset));
         let mem = match &self.guest.mem {
@@ -640,6 +647,9 @@ impl VhostUserBackendReqHandlerMut for Device {
         let Some(mem) = &self.guest.mem else {
             return Err(self.refuse("REM_MEM_REG, but no memory was added".to_owned()));
         };
+        if !mem.regions().any(|region| region.gpa() == gpa) {
+            return Ok(()); // taken away already: QEMU 7.2 asks once per queue pair
+        }
         let mem = mem.with_removed(gpa, len, uva);
         let mem = mem.map_err(|error| self.refuse(error.to_string()))?;
         let mut offsets = self.guest.offsets.clone();
