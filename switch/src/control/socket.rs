@@ -2,11 +2,13 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Gid, Mode, Uid};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::keys::ConfigError;
@@ -63,30 +65,19 @@ impl OwnedSocket {
             )
         })?;
         // Before `listen` nobody can connect, so nobody slips in under the permissions of the umask.
-        let bits = Mode::from_bits_truncate(mode.0);
-        let ready = rustix::fs::chmod(path, bits)
-            .and_then(|()| match owner {
-                Some(owner) => rustix::fs::chown(
-                    path,
-                    owner.uid.map(Uid::from_raw),
-                    owner.gid.map(Gid::from_raw),
-                ),
-                None => Ok(()),
-            })
-            .and_then(|()| rustix::net::listen(&socket, BACKLOG))
-            .map_err(io::Error::from)
-            .and_then(|()| fs::symlink_metadata(path));
+        let ready = hand_over(path, mode, owner)
+            .and_then(|file| rustix::net::listen(&socket, BACKLOG).map(|()| file));
         match ready {
             Ok(file) => Ok(OwnedSocket {
                 listener: UnixListener::from(socket),
                 path: path.to_owned(),
-                file: (file.dev(), file.ino()),
+                file,
             }),
             Err(error) => {
                 let _ = fs::remove_file(path);
                 Err(fail(
                     "its owner and permissions cannot be set, drop them or run as root",
-                    error,
+                    error.into(),
                 ))
             }
         }
@@ -114,6 +105,37 @@ impl Drop for OwnedSocket {
     }
 }
 
+/// Gives the socket just made to its owner. Returns its device and inode.
+///
+/// Its directory may be shared with the guest it is for: what is at the path by now may be a link to some other file, which
+/// must not get these permissions. So the path is opened without following it, and the very file that is open is changed.
+fn hand_over(
+    path: &Path,
+    mode: Permissions,
+    owner: Option<Owner>,
+) -> rustix::io::Result<(u64, u64)> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty())?;
+    let stat = rustix::fs::fstat(&file)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Socket {
+        return Err(Errno::NOTSOCK);
+    }
+    let bits = Mode::from_bits_truncate(mode.0);
+    rustix::fs::chmod(format!("/proc/self/fd/{}", file.as_raw_fd()), bits)?;
+    if let Some(owner) = owner {
+        let (user, group) = (owner.uid.map(Uid::from_raw), owner.gid.map(Gid::from_raw));
+        rustix::fs::chownat(&file, "", user, group, AtFlags::EMPTY_PATH)?;
+    }
+    Ok((stat.st_dev, stat.st_ino))
+}
+
+/// Connects, or says at once why not: somebody who listens but does not accept cannot hold us.
+fn try_connect(path: &Path) -> rustix::io::Result<()> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)
+}
+
 /// Removes the socket of a dead process; refuses anything else that is in the way.
 fn make_room(path: &Path) -> Result<(), ConfigError> {
     let shown = path.display();
@@ -125,9 +147,9 @@ fn make_room(path: &Path) -> Result<(), ConfigError> {
             "{shown}: is there and is no socket: remove it, or choose another path"
         )));
     }
-    match UnixStream::connect(path) {
-        Ok(_) => Err(ConfigError(format!("{shown}: address already in use: stop the process that listens there, or choose another path"))),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(|error| {
+    match try_connect(path) {
+        Ok(()) | Err(Errno::AGAIN) => Err(ConfigError(format!("{shown}: address already in use: stop the process that listens there, or choose another path"))),
+        Err(Errno::CONNREFUSED) => fs::remove_file(path).map_err(|error| {
             ConfigError(format!("{shown}: a dead process left it and it cannot be removed: {error}: remove it as its owner"))
         }),
         Err(error) => Err(ConfigError(format!("{shown}: is there and cannot be tried: {error}: remove it, or choose another path"))),
@@ -137,6 +159,7 @@ fn make_room(path: &Path) -> Result<(), ConfigError> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
 
     use super::*;
 
@@ -169,6 +192,39 @@ mod tests {
             "address already in use: stop the process that listens there, or choose another path"
         ));
         drop(living);
+    }
+
+    #[test]
+    fn is_not_held_by_one_who_listens_but_accepts_nobody() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("s.sock");
+        let _lazy = UnixListener::bind(&path).expect("bound");
+        let mut waiting = Vec::new();
+        while let Ok(()) = {
+            let flags = SocketFlags::NONBLOCK;
+            let socket =
+                rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
+            waiting.push(socket.expect("a socket"));
+            let address = SocketAddrUnix::new(&path).expect("an address");
+            rustix::net::connect(&waiting[waiting.len() - 1], &address)
+        } {}
+        let refusal = OwnedSocket::listen(&path, Permissions(0o600), None).expect_err("in use");
+        assert!(refusal.to_string().contains("address already in use"));
+    }
+
+    #[test]
+    fn gives_nobody_elses_file_its_permissions() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (precious, path) = (dir.path().join("precious"), dir.path().join("s.sock"));
+        fs::write(&precious, "").expect("written");
+        let mode = || fs::metadata(&precious).expect("there").permissions().mode();
+        let before = mode();
+        std::os::unix::fs::symlink(&precious, &path).expect("planted");
+        assert_eq!(
+            hand_over(&path, Permissions(0o666), None),
+            Err(Errno::NOTSOCK)
+        );
+        assert_eq!(mode(), before);
     }
 
     #[test]

@@ -39,9 +39,6 @@ const TICK: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(60);
 /// A guest that has behaved for so long starts with a clean sheet.
 const FORGIVEN: Duration = Duration::from_secs(60);
-/// How often a port's guests get a new budget of untouched pages that we fill for them. A guest that is started anew leaves the
-/// old pages to nobody, a hostile one may keep them: it gets no more than 0.4 GiB an hour on our account.
-const BUDGET_TIME: Duration = Duration::from_secs(600);
 /// Messages and connections per second and port that are dealt with; the rest waits in the kernel. A guest with 16 queue
 /// pairs starts with some 300 messages.
 const MESSAGES: u32 = 1000;
@@ -225,8 +222,6 @@ struct Host {
     shared: Arc<Shared>,
     door: Door,
     options: MapOptions,
-    /// When the fill budget in `options` was new.
-    budget: Instant,
     connections: Bucket,
     lines: Bucket,
     /// Lines that were not written since the last one.
@@ -247,7 +242,6 @@ impl Host {
             shared,
             door,
             options: Device::map_options(spec),
-            budget: Instant::now(),
             connections: Bucket::new(CONNECTIONS),
             lines: Bucket::new(LINES),
             untold: 0,
@@ -327,9 +321,6 @@ impl Host {
 
     /// Serves one guest until it leaves or must.
     fn serve(&mut self, stream: UnixStream) -> End {
-        if self.budget.elapsed() >= BUDGET_TIME {
-            (self.options, self.budget) = (Device::map_options(&self.spec), Instant::now());
-        }
         let peer = peer_of(&stream);
         let stopping = self.shared.stopping.clone();
         let device = Device::new(&self.spec, self.handle.clone(), stopping, &self.options);
