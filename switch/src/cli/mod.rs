@@ -44,7 +44,7 @@ struct Cli {
 /// What every subcommand takes.
 #[derive(Debug, Args)]
 struct Common {
-    /// Control socket of the switch; unless told, /run/ringway/api.sock for root, else $XDG_RUNTIME_DIR/ringway/api.sock.
+    /// Control socket of the switch; unless told, $XDG_RUNTIME_DIR/ringway/api.sock, or /run/ringway/api.sock for root.
     #[arg(long, global = true, env = "RINGWAY_API", value_name = "PATH")]
     api: Option<PathBuf>,
     /// Print JSON instead of tables.
@@ -53,12 +53,8 @@ struct Common {
 }
 
 impl Common {
-    fn client(&self) -> anyhow::Result<Client> {
-        let path = match &self.api {
-            Some(path) => path.clone(),
-            None => default_api_path()?,
-        };
-        Ok(Client::new(path))
+    fn client(&self) -> Client {
+        Client::new(self.api.clone().unwrap_or_else(default_api_path))
     }
 
     fn output(&self) -> Output {
@@ -112,12 +108,12 @@ fn dispatch(cli: &Cli) -> anyhow::Result<ExitCode> {
     let output = common.output();
     match &cli.command {
         Command::Run(args) => run::run(args, common.api.as_deref())?,
-        Command::Port(command) => port::run(command, &common.client()?, output)?,
-        Command::Fdb(command) => fdb::run(command, &common.client()?, output)?,
-        Command::Stats(args) => stats::run(args, &common.client()?, output)?,
-        Command::Reload(args) => reload::run(args, &common.client()?, output)?,
+        Command::Port(command) => port::run(command, &common.client(), output)?,
+        Command::Fdb(command) => fdb::run(command, &common.client(), output)?,
+        Command::Stats(args) => stats::run(args, &common.client(), output)?,
+        Command::Reload(args) => reload::run(args, &common.client(), output)?,
         Command::Doctor(args) => return doctor::run(args, output),
-        Command::Version => version::run(common.client().ok().as_ref(), output)?,
+        Command::Version => version::run(&common.client(), output)?,
     }
     Ok(ExitCode::SUCCESS)
 }

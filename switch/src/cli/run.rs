@@ -12,7 +12,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::port::absolute_socket;
-use crate::control::api::{Reload, reload};
+use crate::control::api::{Origin, Reload, reload};
 use crate::control::config::{Config, ConfigError, Workers};
 use crate::control::cpu::{self, HostCpus};
 use crate::control::serve::{Api, ApiSettings};
@@ -63,7 +63,7 @@ pub(super) fn run(args: &RunArgs, api: Option<&Path>) -> anyhow::Result<()> {
     let mut config = wanted(args, &host)?;
     config.listen_at(match api {
         Some(api) => std::path::absolute(api)?,
-        None => config.api_path()?,
+        None => config.api_path(),
     })?;
     let cpus = config.worker_cpus(&host);
     if args.check {
@@ -81,17 +81,21 @@ pub(super) fn run(args: &RunArgs, api: Option<&Path>) -> anyhow::Result<()> {
     if let Err(refused) = cpu::keep_to(&host.housekeeping(&cpus)) {
         info!("{refused}");
     }
+    let file = args
+        .config
+        .as_deref()
+        .map(std::path::absolute)
+        .transpose()?;
+    let origin = Origin {
+        file,
+        api_given: api.is_some(),
+    };
     let settings = ApiSettings {
-        path: config.api_path()?,
+        path: config.api_path(),
         mode: config.api_mode.unwrap_or(ApiSettings::MODE),
         owner: config.api_owner,
-        config_file: args
-            .config
-            .as_deref()
-            .map(std::path::absolute)
-            .transpose()?,
+        origin: origin.clone(),
     };
-    let file = settings.config_file.clone();
     // The socket first: if another switch has it, nothing of that one is touched.
     let waiting = Api::listen(settings)?;
     let ports = config.ports.len();
@@ -110,7 +114,7 @@ pub(super) fn run(args: &RunArgs, api: Option<&Path>) -> anyhow::Result<()> {
         api.path().display()
     );
     tell_systemd("READY=1");
-    let obeyed = obey(&mut signals, &switch, file.as_deref());
+    let obeyed = obey(&mut signals, &switch, &origin);
     tell_systemd("STOPPING=1");
     drop(api);
     switch.stop();
@@ -118,7 +122,7 @@ pub(super) fn run(args: &RunArgs, api: Option<&Path>) -> anyhow::Result<()> {
 }
 
 /// Reloads at SIGHUP until SIGINT or SIGTERM; the second of those ends the process at once.
-fn obey(signals: &mut Signals, switch: &Switch, file: Option<&Path>) -> anyhow::Result<()> {
+fn obey(signals: &mut Signals, switch: &Switch, origin: &Origin) -> anyhow::Result<()> {
     for signal in signals.forever() {
         if signal != SIGHUP {
             let at_once = Arc::new(AtomicBool::new(true));
@@ -127,7 +131,7 @@ fn obey(signals: &mut Signals, switch: &Switch, file: Option<&Path>) -> anyhow::
             info!("stopping");
             break;
         }
-        match reload(switch, file, &Reload::default()) {
+        match reload(switch, origin, &Reload::default()) {
             Ok(applied) => {
                 let done = if applied.actions.is_empty() {
                     "nothing to do".to_owned()

@@ -58,18 +58,20 @@ fn print(text: &str) -> anyhow::Result<()> {
     }
 }
 
-/// Lines and columns; numbers stand to the right.
+/// Lines and columns; a column of numbers stands to the right.
 pub(super) fn table(head: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let rows: Vec<Vec<String>> = rows.into_iter().collect();
+    let numbers = |column: usize| {
+        rows.iter()
+            .all(|row| row.get(column).is_none_or(|text| is_number(text)))
+    };
+    let right: Vec<bool> = (0..head.len()).map(numbers).collect();
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     table.set_header(head);
-    for row in rows {
-        table.add_row(row.into_iter().map(|text| {
-            let number = text.starts_with(|c: char| c.is_ascii_digit())
-                && text
-                    .chars()
-                    .all(|c| c.is_ascii_digit() || matches!(c, ',' | '.' | '%'));
-            Cell::new(text).set_alignment(if number {
+    for row in &rows {
+        table.add_row(row.iter().zip(&right).map(|(text, right)| {
+            Cell::new(text).set_alignment(if *right {
                 CellAlignment::Right
             } else {
                 CellAlignment::Left
@@ -77,6 +79,15 @@ pub(super) fn table(head: &[&str], rows: impl IntoIterator<Item = Vec<String>>) 
         }));
     }
     table.trim_fmt() + "\n"
+}
+
+/// `-` stands for a number that is not there.
+fn is_number(text: &str) -> bool {
+    text == "-"
+        || (!text.is_empty()
+            && text
+                .chars()
+                .all(|c| c.is_ascii_digit() || matches!(c, ',' | '.' | '%')))
 }
 
 /// `1,234,567`

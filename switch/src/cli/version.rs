@@ -12,9 +12,9 @@ struct Versions {
     running: Option<Version>,
 }
 
-pub(super) fn run(client: Option<&Client>, output: Output) -> anyhow::Result<()> {
+pub(super) fn run(client: &Client, output: Output) -> anyhow::Result<()> {
     // No switch, no version of it: that is no error here.
-    let running = client.and_then(|client| client.get("/v1/version").ok());
+    let running = client.get("/v1/version").ok();
     let versions = Versions {
         program: env!("CARGO_PKG_VERSION"),
         running,

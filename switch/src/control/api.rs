@@ -6,7 +6,6 @@
 //!
 //! [`super::serve`] carries it; every error is `{"error": "one sentence"}`.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::body::Bytes;
@@ -22,7 +21,7 @@ use utoipa::{IntoParams, OpenApi};
 
 use super::config::Config;
 use super::metrics;
-pub use super::operator::{ErrorBody, Operator, Refusal, Reload, Removed, reload};
+pub use super::operator::{ErrorBody, Operator, Origin, Refusal, Reload, Removed, reload};
 use super::spec::{parse_port, port_from_json};
 use super::state::{
     Applied, FdbAdd, FdbFilter, FdbPage, PortSpec, PortStatus, QueueMove, StatsReport, Version,
@@ -45,7 +44,7 @@ struct Limit {
 #[derive(Clone)]
 pub(crate) struct Desk {
     pub(crate) operator: Arc<dyn Operator>,
-    pub(crate) config_file: Option<PathBuf>,
+    pub(crate) origin: Origin,
 }
 
 #[derive(OpenApi)]
@@ -147,7 +146,7 @@ async fn version(State(desk): State<Desk>) -> Json<Version> {
         name: "ringway".to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
-        config: desk.config_file,
+        config: desk.origin.file,
     })
 }
 
@@ -167,7 +166,7 @@ async fn reload_config(State(desk): State<Desk>, bytes: Bytes) -> Result<Json<Ap
         body(&bytes)?
     };
     ask(desk, move |desk| {
-        reload(&*desk.operator, desk.config_file.as_deref(), &wanted)
+        reload(&*desk.operator, &desk.origin, &wanted)
     })
     .await
 }

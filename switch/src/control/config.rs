@@ -14,6 +14,7 @@ use super::spec::{check_beside, check_socket_path, list, port_from_entries, read
 use super::state::{Idle, Owner, Permissions, PortSpec};
 use super::toml_file::{Below, File};
 use crate::control::cpu::HostCpus;
+use crate::dataplane::port_set::PORTS_MAX;
 
 /// Stations the forwarding table holds unless told otherwise.
 pub const FDB_CAPACITY: u32 = 65_536;
@@ -25,8 +26,6 @@ pub const FDB_AGE: u32 = 300;
 pub const FDB_AGE_MAX: u32 = 1_000_000;
 /// Stations each port may always have, whatever the others send.
 pub const FDB_RESERVED: u32 = 64;
-/// Ports a switch can have.
-pub const PORTS_MAX: usize = 4096;
 
 /// All that an operator may want of a switch.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
@@ -202,22 +201,17 @@ impl Config {
     }
 
     /// The control socket.
-    pub fn api_path(&self) -> Result<PathBuf, ConfigError> {
-        self.api.clone().map_or_else(default_api_path, Ok)
+    pub fn api_path(&self) -> PathBuf {
+        self.api.clone().unwrap_or_else(default_api_path)
     }
 }
 
-/// `/run/ringway/api.sock` for root, else `$XDG_RUNTIME_DIR/ringway/api.sock`.
-pub fn default_api_path() -> Result<PathBuf, ConfigError> {
-    if rustix::process::geteuid().is_root() {
-        return Ok(PathBuf::from("/run/ringway/api.sock"));
-    }
-    match std::env::var_os("XDG_RUNTIME_DIR") {
-        Some(runtime) if Path::new(&runtime).is_absolute() => Ok(Path::new(&runtime).join("ringway/api.sock")),
-        _ => Err(ConfigError(
-            "XDG_RUNTIME_DIR is not set, so there is no place for the control socket: name one with --api PATH".to_owned(),
-        )),
-    }
+/// `$XDG_RUNTIME_DIR/ringway/api.sock` for a user who has such a directory, else (root, containers) `/run/ringway/api.sock`.
+pub fn default_api_path() -> PathBuf {
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    let own = runtime.filter(|dir| dir.is_absolute() && !rustix::process::geteuid().is_root());
+    own.unwrap_or_else(|| PathBuf::from("/run"))
+        .join("ringway/api.sock")
 }
 
 fn taken_by_api(port: &PortSpec) -> String {

@@ -214,11 +214,16 @@ fn cpuset(root: &Path) -> Option<BTreeSet<usize>> {
     )?)
 }
 
-/// A file of this process's cgroup that is not empty: of version 2, or of the `controller`'s hierarchy of version 1. A cgroup
-/// without the file has its parent's.
+/// A file of this process's cgroup that is not empty. A cgroup without it has its parent's.
 pub(crate) fn cgroup_file(root: &Path, controller: &str, v2: &str, v1: &str) -> Option<String> {
-    let groups = std::fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
-    groups.lines().find_map(|line| {
+    cgroup_files(root, controller, v2, v1).into_iter().next()
+}
+
+/// A file of this process's cgroup and of those above it, from the lowest up, as far as it is there and not empty: of version 2, or
+/// of the `controller`'s hierarchy of version 1.
+pub(crate) fn cgroup_files(root: &Path, controller: &str, v2: &str, v1: &str) -> Vec<String> {
+    let groups = std::fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
+    let read = |line: &str| {
         let mut fields = line.splitn(3, ':').skip(1);
         let (controllers, path) = (fields.next()?, fields.next()?);
         let base = root.join("sys/fs/cgroup");
@@ -231,9 +236,14 @@ pub(crate) fn cgroup_file(root: &Path, controller: &str, v2: &str, v1: &str) -> 
         let up = group
             .ancestors()
             .take_while(|group| group.starts_with(&base));
-        up.filter_map(|group| std::fs::read_to_string(group.join(file)).ok())
-            .find(|text| !text.trim().is_empty())
-    })
+        let texts = up.filter_map(|group| std::fs::read_to_string(group.join(file)).ok());
+        let texts: Vec<String> = texts
+            .map(|text| text.trim().to_owned())
+            .filter(|text| !text.is_empty())
+            .collect();
+        (!texts.is_empty()).then_some(texts)
+    };
+    groups.lines().find_map(read).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What may be asked of a running switch: the [`Operator`] who answers, and what questions and refusals look like.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use axum::Json;
 use axum::http::StatusCode;
@@ -123,14 +123,23 @@ pub struct Reload {
     pub dry_run: bool,
 }
 
+/// What a switch was started with.
+#[derive(Clone, Debug, Default)]
+pub struct Origin {
+    /// Its configuration file.
+    pub file: Option<PathBuf>,
+    /// Whether the command line named the control socket: that outranks the file, at the start and later.
+    pub api_given: bool,
+}
+
 /// Goes to the configuration in the text given, or else in the file the switch was started with.
 pub fn reload(
     operator: &dyn Operator,
-    file: Option<&Path>,
+    origin: &Origin,
     wanted: &Reload,
 ) -> Result<Applied, Refusal> {
     let host = HostCpus::read(Path::new("/"));
-    let mut new = match (&wanted.toml, file) {
+    let mut new = match (&wanted.toml, &origin.file) {
         (Some(text), _) => Config::parse(
             text,
             wanted.name.as_deref().unwrap_or("the configuration"),
@@ -144,8 +153,9 @@ pub fn reload(
         }
     };
     let old = operator.config();
-    // --api of the command line outranks the file, at the start and later.
-    new.api = new.api.or_else(|| old.api.clone());
+    if let (Some(api), true) = (&old.api, origin.api_given || new.api.is_none()) {
+        new.listen_at(api.clone())?;
+    }
     let actions = plan(&old, &new)?;
     if !wanted.dry_run {
         return operator.apply(new);

@@ -21,7 +21,7 @@ use hyper_util::service::TowerToHyperService;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 
-use super::api::{Desk, ErrorBody, Operator, router};
+use super::api::{Desk, ErrorBody, Operator, Origin, router};
 use super::keys::ConfigError;
 use super::socket::OwnedSocket;
 use super::state::{Owner, Permissions};
@@ -58,8 +58,8 @@ pub struct ApiSettings {
     pub mode: Permissions,
     /// Its owner, if not the process's.
     pub owner: Option<Owner>,
-    /// The file that `reload` reads.
-    pub config_file: Option<PathBuf>,
+    /// What `reload` starts from.
+    pub origin: Origin,
 }
 
 impl ApiSettings {
@@ -72,7 +72,7 @@ impl ApiSettings {
             path: path.into(),
             mode: Self::MODE,
             owner: None,
-            config_file: None,
+            origin: Origin::default(),
         }
     }
 }
@@ -101,7 +101,7 @@ impl Waiting {
         let (stop, stopped) = watch::channel(false);
         let desk = Desk {
             operator,
-            config_file: settings.config_file,
+            origin: settings.origin,
         };
         let thread = std::thread::Builder::new()
             .name("api".to_owned())

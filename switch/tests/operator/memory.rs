@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use ringway::control::api::{Operator, Refusal};
+use ringway::control::api::{Operator, Origin, Refusal};
 use ringway::control::config::Config;
 use ringway::control::plan::{apply, plan};
 use ringway::control::serve::{Api, ApiSettings};
@@ -39,9 +39,12 @@ pub(crate) struct Running {
 /// Starts an API with nothing behind it.
 pub(crate) fn start(memory: Memory) -> Running {
     let dir = tempfile::tempdir().expect("a directory");
-    let config_file = Some(dir.path().join("ringway.toml"));
+    let origin = Origin {
+        file: Some(dir.path().join("ringway.toml")),
+        ..Origin::default()
+    };
     let settings = ApiSettings {
-        config_file,
+        origin,
         ..ApiSettings::private(dir.path().join("run/api.sock"))
     };
     let memory = Arc::new(memory);

@@ -1,6 +1,6 @@
 //! Checks of the CPUs that workers get.
 
-use super::super::cpu::{HostCpus, cgroup_file, parse_list};
+use super::super::cpu::{HostCpus, cgroup_files, parse_list};
 use super::super::spec::list;
 use super::{Check, Host};
 
@@ -26,10 +26,13 @@ pub(super) fn cpuset(host: &Host<'_>) -> Check {
 }
 
 pub(super) fn cpu_quota(host: &Host<'_>) -> Check {
-    let quota = cgroup_file(host.root, "cpu", "cpu.max", "cpu.cfs_quota_us");
-    match quota.as_deref().map(str::trim) {
+    // A quota of any cgroup above counts too.
+    let quotas = cgroup_files(host.root, "cpu", "cpu.max", "cpu.cfs_quota_us");
+    match quotas
+        .iter()
+        .find(|text| !text.starts_with("max") && *text != "-1")
+    {
         None => Check::ok("cpu quota", "none"),
-        Some(text) if text.starts_with("max") || text == "-1" => Check::ok("cpu quota", "none"),
         Some(text) => Check::advice(
             "cpu quota",
             format!("{text} (µs, period)"),
