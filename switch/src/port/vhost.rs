@@ -14,7 +14,9 @@ use crate::dataplane::counters::Reason;
 use crate::dataplane::frame::{BURST_MAX, Burst, SEGMENTS_MAX, Segment, Slots};
 use crate::dataplane::queue::RxQueue;
 use crate::virtio::guest_mem::Poison;
-use crate::virtio::ring::{BATCH, Buffer, Buffers, Fault, Lie, NET_HEADER, Piece, Ring};
+use crate::virtio::ring::{
+    AHEAD, BATCH, Buffer, Buffers, Fault, Lie, NET_HEADER, Piece, Ring, Way,
+};
 
 const _: () = assert!(BURST_MAX <= BATCH);
 
@@ -47,6 +49,14 @@ impl Side {
     fn broken(&mut self, lie: Lie) {
         self.lie = Some(lie);
         self.poison.set();
+    }
+
+    /// Starts to fetch the first of `count` buffers.
+    #[inline]
+    fn prefetch(&self, count: usize, way: Way) {
+        for index in 0..count.min(AHEAD) {
+            self.buffers.prefetch(index, way);
+        }
     }
 
     #[inline]
@@ -148,7 +158,11 @@ impl RxQueue for FromGuest {
         if !self.side.poison.is_set() {
             match self.side.ring.fetch(&mut self.side.buffers, BURST_MAX) {
                 Ok(count) => {
+                    self.side.prefetch(count, Way::FromGuest);
                     for index in 0..count {
+                        if index + AHEAD < count {
+                            self.side.buffers.prefetch(index + AHEAD, Way::FromGuest);
+                        }
                         let buffer = *self.side.buffers.buffer(index);
                         let len = buffer.len.wrapping_sub(NET_HEADER);
                         // A length of 0, or below the header's, wraps to more than any `frame_max`.
@@ -246,9 +260,15 @@ impl ToGuest {
     #[inline]
     fn fill(&mut self, burst: &Burst<'_>, picks: &mut u64, count: usize) -> Filled {
         let mut filled = Filled::default();
+        self.side.prefetch(count, Way::ToGuest);
         while *picks != 0 && filled.buffers < count {
             let index = picks.trailing_zeros() as usize;
             let len = burst.frame_len(index);
+            if filled.buffers + AHEAD < count {
+                self.side
+                    .buffers
+                    .prefetch(filled.buffers + AHEAD, Way::ToGuest);
+            }
             let buffer = self.side.buffers.buffer(filled.buffers);
             if buffer.pieces == 0 && buffer.len >= len + NET_HEADER {
                 // SAFETY: the buffer has room for header and frame (just compared; a faulty one has length 0).
@@ -445,17 +465,33 @@ impl Sender for ToGuest {
     }
 }
 
-/// Writes a virtio-net header without offloads: zeros, and the number of buffers (virtio 1.2 §5.1.6: le16 at byte 10).
+/// Makes sure that a virtio-net header without offloads stands at `at`: zeros, and the number of buffers (virtio 1.2 §5.1.6: le16
+/// at byte 10).
+///
+/// A buffer that is used again mostly has this very header from the last time. Then it is not written: the line stays
+/// shared between both caches and need not travel at all, the largest lever of all where the caches are far apart. If the
+/// guest changes it afterwards, it deceives nobody but itself.
 ///
 /// # Safety
-/// 12 bytes at `at` are valid for writes.
+/// 12 bytes at `at` are valid for reads and writes.
 #[inline]
 unsafe fn put_header(at: *mut u8, buffers: u16) {
+    let (zeros, last) = (
+        at.cast::<Unaligned<u64>>(),
+        at.wrapping_add(8).cast::<Unaligned<u32>>(),
+    );
+    let wanted = (u32::from(buffers) << 16).to_le();
     // SAFETY: bytes 0 to 7, then 8 to 11.
     unsafe {
-        at.cast::<u64>().write_unaligned(0);
-        at.add(8)
-            .cast::<u32>()
-            .write_unaligned((u32::from(buffers) << 16).to_le());
+        let (zeros_there, last_there) = (zeros.read_volatile().0, last.read_volatile().0);
+        if zeros_there != 0 || last_there != wanted {
+            zeros.write(Unaligned(0));
+            last.write(Unaligned(wanted));
+        }
     }
 }
+
+/// A number at any address.
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+struct Unaligned<T: Copy>(T);

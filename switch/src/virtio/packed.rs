@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 use super::guest_mem::{GuestMem, Hit};
 use super::ring::{
     BATCH, BadSetup, BatchFull, Buffer, Buffers, Chain, Desc, Lie, RingSetup, Table, Way, feature,
-    flag, one_piece, passed,
+    flag, full_fence, one_piece, passed,
 };
 
 /// Largest ring: a place must fit into 15 bits (virtio 1.2 §2.8.10.1).
@@ -189,7 +189,7 @@ impl PackedRing {
             // SAFETY: as in `flags`.
             let desc = unsafe { self.table.read(place.index) };
             let slots = if flags == place.available() | plain {
-                buffers.list[index] = one_piece(&self.mem, &mut self.hit, self.way, &desc);
+                buffers.list[index] = one_piece(&self.mem, &mut self.hit, &desc);
                 self.ids[index] = desc.third;
                 1
             } else if flags & (flag::AVAIL | flag::USED) != place.available()
@@ -298,7 +298,7 @@ impl PackedRing {
         }
         // SeqCst: orders our used flags before the load of what the driver wants; pairs with the driver's fence between
         // storing that and looking at the flags again (§2.8.21.3.1).
-        fence(Ordering::SeqCst);
+        full_fence();
         let area = self.areas().0.load(Ordering::Relaxed);
         told(area, self.event_idx, self.next, since, self.table.size)
     }

@@ -12,11 +12,13 @@ use std::sync::atomic::{AtomicU16, Ordering, fence};
 use super::guest_mem::{GuestMem, Hit};
 use super::ring::{
     BATCH, BadSetup, BatchFull, Buffer, Buffers, CHAIN_MAX, Chain, Desc, Lie, RingSetup, Table,
-    Way, feature, flag, one_piece, passed, prefetch_read,
+    Way, feature, flag, full_fence, one_piece, passed, prefetch_read, prefetch_write,
 };
 
 /// `avail.flags`: the driver wants no call; `used.flags`: the device wants no kick (virtio 1.2 §2.7.6, §2.7.8).
 const NO_NOTIFY: u16 = 1;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// A split ring, used by one thread at a time.
 pub struct SplitRing {
@@ -36,6 +38,10 @@ pub struct SplitRing {
     /// `next` when `call_wanted` was last asked.
     called_at: u16,
     hit: Hit,
+    /// Up to where descriptors were prefetched; see `look_ahead`.
+    ahead: u16,
+    /// The descriptor that the driver will probably use next.
+    guess: u16,
     /// Heads of the fetched buffers.
     heads: [u16; BATCH],
 }
@@ -63,6 +69,8 @@ impl SplitRing {
             seen: setup.base as u16,
             called_at: setup.base as u16,
             hit: Hit::default(),
+            ahead: setup.base as u16,
+            guess: 0,
             heads: [0; BATCH],
             mem: setup.mem,
         };
@@ -124,6 +132,10 @@ impl SplitRing {
         }
         // 1. Heads; the descriptors' lines are on their way.
         let mask = self.mask();
+        match self.way {
+            Way::FromGuest => self.expect_descriptors(count),
+            Way::ToGuest => self.own_used_elements(count),
+        }
         for index in 0..count {
             let slot = self.next.wrapping_add(index as u16) & mask;
             let head = self
@@ -149,7 +161,7 @@ impl SplitRing {
             // SAFETY: `head < size`, checked above, and again by the mask in case the processor guesses (Spectre).
             let desc = unsafe { self.table.read(self.heads[index] & mask) };
             buffers.list[index] = if desc.third == plain {
-                one_piece(&self.mem, &mut self.hit, self.way, &desc)
+                one_piece(&self.mem, &mut self.hit, &desc)
             } else if buffers.walked_enough() {
                 return Ok(index);
             } else {
@@ -160,6 +172,44 @@ impl SplitRing {
             };
         }
         Ok(count)
+    }
+
+    /// Most drivers use descriptors in turn: these are probably the next ones, and need not wait for the available ring.
+    #[inline]
+    fn expect_descriptors(&self, count: usize) {
+        for index in (0..count).step_by(LINE / 16) {
+            let guess = self.guess.wrapping_add(index as u16) & self.mask();
+            // SAFETY: masked, so `guess < size`.
+            prefetch_read(unsafe { self.table.at(guess) });
+        }
+    }
+
+    /// The lines of the used elements that `complete` is going to write.
+    #[inline]
+    fn own_used_elements(&self, count: usize) {
+        for index in (0..count + 7).step_by(LINE / 8) {
+            let slot = self.next.wrapping_add(index as u16) & self.mask();
+            prefetch_write(self.used.wrapping_add(4 + 8 * usize::from(slot)));
+        }
+    }
+
+    /// Buffers for reception are there long before they are needed: their descriptors are fetched two batches ahead.
+    #[inline]
+    fn look_ahead(&mut self) {
+        let ready = self.seen.wrapping_sub(self.next).min(2 * BATCH as u16);
+        let done = self.ahead.wrapping_sub(self.next);
+        let done = if done > self.size { 0 } else { done };
+        for index in done..ready {
+            let slot = usize::from(self.next.wrapping_add(index) & self.mask());
+            if slot.is_multiple_of(LINE / 2) {
+                let later = (slot + 2 * BATCH) & usize::from(self.mask());
+                prefetch_read(self.avail.wrapping_add(4 + 2 * later));
+            }
+            let head = self.avail_u16(4 + 2 * slot).load(Ordering::Relaxed) & self.mask();
+            // SAFETY: masked, so `head < size`.
+            prefetch_read(unsafe { self.table.at(head) });
+        }
+        self.ahead = self.next.wrapping_add(ready.max(done));
     }
 
     /// Walks a chain or an indirect table (§2.7.5.1, §2.7.5.3). Every step is counted: a chain cannot be longer than its table.
@@ -220,6 +270,10 @@ impl SplitRing {
         self.next = self.next.wrapping_add(count as u16);
         // Release: pairs with the guest's Acquire load of used.idx (§2.7.14): elements and buffers are written.
         self.used_idx().store(self.next, Ordering::Release);
+        match self.way {
+            Way::FromGuest => self.guess = self.heads[(count - 1) % BATCH].wrapping_add(1),
+            Way::ToGuest => self.look_ahead(),
+        }
     }
 
     #[inline]
@@ -243,7 +297,7 @@ impl SplitRing {
         }
         // SeqCst: orders our store of used.idx before the load of what the guest wants; pairs with the guest's fence between
         // storing that and looking at used.idx again (§2.7.7.1, §2.7.10).
-        fence(Ordering::SeqCst);
+        full_fence();
         if self.event_idx {
             let event = self
                 .avail_u16(4 + 2 * usize::from(self.size))
