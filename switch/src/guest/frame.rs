@@ -14,6 +14,9 @@ pub(super) struct Part {
     pub(super) len: usize,
 }
 
+// SAFETY: a plain address; whoever reads there has shown that it may (`Frame::new`).
+unsafe impl Send for Part {}
+
 /// A transmit buffer of the guest's own: what was written to it stays there, so a frame can be sent again as it is.
 pub struct Slot<'a> {
     at: *mut u8,

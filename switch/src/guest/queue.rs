@@ -38,6 +38,12 @@ pub struct QueuePair {
     pub rx: Rx,
 }
 
+/// Queues go to the threads that use them.
+const _: fn() = || {
+    fn can_move<T: Send>() {}
+    can_move::<QueuePair>();
+};
+
 /// The buffers of one ring, as many as it has descriptors.
 #[derive(Debug, Clone, Copy)]
 struct Buffers {
