@@ -2,6 +2,7 @@
 //! socket and print a table for people, or the same data with `--json`.
 
 mod client;
+mod demo;
 mod doctor;
 mod fdb;
 mod port;
@@ -24,6 +25,7 @@ use crate::control::config::default_api_path;
 
 const EXAMPLES: &str = "\
 Examples:
+  ringway demo
   ringway run --config configs/two-containers.toml
   ringway run --port vhost-user:blue,socket=/run/r/blue.sock --port vhost-user:red,socket=/run/r/red.sock
   ringway port add vhost-user:green,socket=/run/r/green.sock,mode=client,queues=2
@@ -65,6 +67,8 @@ impl Common {
 /// To add a subcommand: a file with `Args` and `run`, an arm here, an arm in [`dispatch`].
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Show the switch at work: containers in this process exchange frames over real vhost-user sockets.
+    Demo(demo::DemoArgs),
     /// Run the switch until Ctrl-C or SIGTERM.
     Run(run::RunArgs),
     /// Add, delete, list, show and move ports.
@@ -107,6 +111,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<ExitCode> {
     let common = &cli.common;
     let output = common.output();
     match &cli.command {
+        Command::Demo(args) => return demo::run(args, output),
         Command::Run(args) => run::run(args, common.api.as_deref())?,
         Command::Port(command) => port::run(command, &common.client(), output)?,
         Command::Fdb(command) => fdb::run(command, &common.client(), output)?,

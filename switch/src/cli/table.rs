@@ -17,6 +17,11 @@ impl Output {
         Output { json }
     }
 
+    /// True if stdout is for JSON alone.
+    pub fn is_json(self) -> bool {
+        self.json
+    }
+
     /// Prints `data` as JSON, or what `text` makes of it.
     pub fn show<T: Serialize>(
         self,
