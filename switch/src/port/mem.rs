@@ -13,7 +13,7 @@ use crate::dataplane::queue::RxQueue;
 /// A wire of frames with two ends, seen by whoever holds a clone.
 pub type Wire = Arc<Mutex<VecDeque<Vec<u8>>>>;
 
-/// Lends the frames of a [`Wire`].
+/// Lends copies of the first frames of a [`Wire`]; they leave it when they are given back.
 pub struct FromVec {
     wire: Wire,
     lent: Vec<Vec<u8>>,
@@ -48,9 +48,9 @@ impl RxQueue for FromVec {
     #[allow(unsafe_code)]
     fn lend<'a>(&'a mut self, slots: &'a mut Slots) -> Burst<'a> {
         slots.clear();
-        let mut wire = self.wire.lock().unwrap_or_else(PoisonError::into_inner);
-        let more = wire.len().min(BURST_MAX - self.lent.len());
-        self.lent.extend(wire.drain(..more));
+        let wire = self.wire.lock().unwrap_or_else(PoisonError::into_inner);
+        self.lent = wire.iter().take(BURST_MAX).cloned().collect();
+        drop(wire);
         for frame in &self.lent {
             let len = frame.len() as u32;
             if len == 0 {
@@ -64,7 +64,8 @@ impl RxQueue for FromVec {
     }
 
     fn give_back(&mut self, done: usize) {
-        self.lent.drain(..done.min(self.lent.len()));
+        let mut wire = self.wire.lock().unwrap_or_else(PoisonError::into_inner);
+        wire.drain(..done.min(self.lent.len()));
     }
 
     fn arm(&mut self) -> bool {
