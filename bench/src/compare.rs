@@ -49,6 +49,16 @@ pub(crate) struct Compare {
     /// The placement of the two cores to wait for
     #[arg(long, value_enum, default_value = "near")]
     placement: Wanted,
+    /// Attempts until a clean sample in that placement
+    #[arg(long, value_name = "NUMBER", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    attempts: u32,
+    /// How many seconds to wait for that placement before each attempt
+    #[arg(long, value_name = "SECONDS", default_value_t = 2.5, value_parser = seconds)]
+    patience: f64,
+    /// Discard a sample whose switch or client was preempted more often per second; raise it where short tasks run all
+    /// the time (less than 95.5 % of a CPU discards it anyway)
+    #[arg(long, value_name = "NUMBER", default_value_t = 60.0)]
+    preemptions_max: f64,
     /// The CPU of the switch
     #[arg(long, value_name = "CPU", default_value_t = 0)]
     switch_cpu: usize,
@@ -208,6 +218,9 @@ fn rig(options: &Compare, directory: &Path) -> Result<Rig> {
         wanted: options.placement,
         directory: directory.to_owned(),
         tsc_hz: tsc_hz(),
+        attempts: options.attempts,
+        patience: Duration::from_secs_f64(options.patience),
+        preempted_max: options.preemptions_max,
     })
 }
 

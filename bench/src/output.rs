@@ -267,7 +267,7 @@ pub(crate) fn text(report: &Report) -> String {
     let mut text = String::new();
     for grid in grids(report) {
         let mut table = Table::new();
-        table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+        table.load_style(presets::UTF8_FULL_CONDENSED);
         let mut lines = grid.lines.into_iter();
         table.set_header(lines.next().unwrap_or_default());
         table.add_rows(lines);

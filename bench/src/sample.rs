@@ -15,10 +15,6 @@ use crate::process::{Thread, busiest};
 use crate::rows::{Row, Traffic};
 use crate::sentinel::{Placement, Reading, look};
 
-/// Attempts until a clean sample of the wanted placement.
-const ATTEMPTS: u32 = 3;
-/// How long to wait for the wanted placement before an attempt.
-const PLACEMENT_PATIENCE: Duration = Duration::from_millis(2500);
 /// How long the sentinel plays (its clock chain takes another 10 ms).
 const SENTINEL: Duration = Duration::from_millis(15);
 /// From stopping both processes to the sentinel.
@@ -27,8 +23,6 @@ const SETTLE: Duration = Duration::from_millis(20);
 const STEP: Duration = Duration::from_millis(500);
 /// The least share of its CPU that a polling thread must have got.
 const CPU_SHARE_MIN: f64 = 0.955;
-/// The most preemptions of a polling thread per second (300 in 5 s).
-const PREEMPTED_MAX: f64 = 60.0;
 /// The most that the steps of a sample may differ: near and far differ by 1.4 and more.
 const UNEVEN_MAX: f64 = 1.25;
 
@@ -65,6 +59,12 @@ pub(crate) struct Rig {
     pub(crate) directory: PathBuf,
     /// Cycles per second of the time stamp counter.
     pub(crate) tsc_hz: f64,
+    /// Attempts until a clean sample of the wanted placement.
+    pub(crate) attempts: u32,
+    /// How long to wait for the wanted placement before an attempt.
+    pub(crate) patience: Duration,
+    /// The most preemptions of a polling thread per second.
+    pub(crate) preempted_max: f64,
 }
 
 /// One sample.
@@ -145,7 +145,7 @@ fn attempts(
     let many = matches!(row.traffic, Traffic::Stations(_));
     interrupt::sleep(Duration::from_millis(if many { 2500 } else { 800 }))?;
     let mut samples = Vec::new();
-    for attempt in 1..=ATTEMPTS {
+    for attempt in 1..=rig.attempts {
         let before = wait_for_placement(rig, switch, client)?;
         let seen = count(rig, &row, switch, client)?;
         let after = stopped_look(rig, switch, client)?;
@@ -156,7 +156,7 @@ fn attempts(
             round,
             attempt,
             placement,
-            discarded: objection(&row, placement, &seen),
+            discarded: objection(&row, placement, &seen, rig.preempted_max),
             before_ns: before.round_trip_ns,
             after_ns: after.round_trip_ns,
             clock_ghz: after.clock_ghz,
@@ -187,9 +187,7 @@ fn wait_for_placement(rig: &Rig, switch: &dyn Switch, client: &Client) -> Result
     let begin = Instant::now();
     loop {
         let reading = stopped_look(rig, switch, client)?;
-        if rig.wanted.is(Placement::of(reading.round_trip_ns))
-            || begin.elapsed() > PLACEMENT_PATIENCE
-        {
+        if rig.wanted.is(Placement::of(reading.round_trip_ns)) || begin.elapsed() > rig.patience {
             return Ok(reading);
         }
         interrupt::sleep(Duration::from_millis(100))?;
@@ -302,7 +300,7 @@ fn cost(
 }
 
 /// Why a sample must not be used.
-fn objection(row: &Row, placement: Placement, seen: &Seen) -> Option<String> {
+fn objection(row: &Row, placement: Placement, seen: &Seen, preempted_max: f64) -> Option<String> {
     if placement == Placement::Mixed {
         return Some("the placement changed or is unclear".to_owned());
     }
@@ -316,7 +314,7 @@ fn objection(row: &Row, placement: Placement, seen: &Seen) -> Option<String> {
         if cpu < CPU_SHARE_MIN {
             return Some(format!("the {who} got {:.1} % of its CPU", cpu * 100.0));
         }
-        if preempted > PREEMPTED_MAX {
+        if preempted > preempted_max {
             return Some(format!(
                 "the {who} was preempted {preempted:.0} times a second"
             ));
@@ -356,19 +354,25 @@ mod tests {
     fn objections(change: impl Fn(&mut Seen)) -> Option<String> {
         let mut seen = good();
         change(&mut seen);
-        objection(&row("split64"), Placement::Near, &seen)
+        objection(&row("split64"), Placement::Near, &seen, 60.0)
     }
 
     #[test]
     fn a_clean_sample_is_kept_near_and_far() {
-        assert_eq!(objection(&row("split64"), Placement::Near, &good()), None);
-        assert_eq!(objection(&row("split64"), Placement::Far, &good()), None);
+        assert_eq!(
+            objection(&row("split64"), Placement::Near, &good(), 60.0),
+            None
+        );
+        assert_eq!(
+            objection(&row("split64"), Placement::Far, &good(), 60.0),
+            None
+        );
     }
 
     #[test]
     fn a_sample_of_changing_placement_is_not_used() {
         assert!(
-            objection(&row("split64"), Placement::Mixed, &good())
+            objection(&row("split64"), Placement::Mixed, &good(), 60.0)
                 .unwrap()
                 .contains("placement")
         );
@@ -406,7 +410,10 @@ mod tests {
             steps: vec![0.9, 4.7],
             ..good()
         };
-        assert_eq!(objection(&row("stations10k"), Placement::Near, &seen), None);
+        assert_eq!(
+            objection(&row("stations10k"), Placement::Near, &seen, 60.0),
+            None
+        );
     }
 
     #[test]
