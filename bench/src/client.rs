@@ -62,6 +62,7 @@ impl Client {
             "the client (testpmd)",
             &[cpus.control, cpus.client],
             &arguments,
+            directory,
         )?;
         let counted_from = if matches!(row.traffic, Traffic::Stations(_)) {
             2
@@ -132,14 +133,19 @@ impl Client {
 }
 
 /// Connects silent clients to these sockets. They use no CPU: their forwarding cores never start.
-pub(crate) fn connect_idle(sockets: &[PathBuf], cpus: Cpus) -> Result<Vec<Console>> {
+pub(crate) fn connect_idle(
+    sockets: &[PathBuf],
+    cpus: Cpus,
+    directory: &Path,
+) -> Result<Vec<Console>> {
     sockets
         .chunks(IDLE_PER_PROCESS)
         .enumerate()
         .map(|(number, sockets)| {
+            // Ordinary memory: hundreds of idle ports shall not take the hugepages of those that work.
             let mut arguments = words(&format!(
-                "--lcores 0@{},1@{} --main-lcore 0 --no-pci --in-memory --single-file-segments --no-huge -m 128 \
-                 --file-prefix=rwbi{number} --no-telemetry",
+                "--lcores 0@{},1@{} --main-lcore 0 --no-pci --no-huge -m 128 --no-shconf --file-prefix=rwbi{number} \
+                 --no-telemetry",
                 cpus.control, cpus.client
             ));
             for (port, socket) in sockets.iter().enumerate() {
@@ -147,7 +153,7 @@ pub(crate) fn connect_idle(sockets: &[PathBuf], cpus: Cpus) -> Result<Vec<Consol
                 arguments.push(format!("--vdev=net_virtio_user{port},path={},mac={mac},queue_size=256", socket.display()));
             }
             arguments.extend(words("-- -i --nb-cores=1 --txd=256 --rxd=256 --total-num-mbufs=20480 --mbuf-size=2176"));
-            Console::start("an idle client (testpmd)", &[cpus.control, cpus.client], &arguments)
+            Console::start("an idle client (testpmd)", &[cpus.control, cpus.client], &arguments, directory)
                 .with_context(|| format!("{} idle ports", sockets.len()))
         })
         .collect()

@@ -400,7 +400,7 @@ impl Run<'_> {
         };
         let switch = self.peers[peer].start(setup, &place)?;
         self.note_version(self.peers[peer].name(), switch.version());
-        let idle = connect_idle(&switch.sockets()[2..], self.rig.cpus)?;
+        let idle = connect_idle(&switch.sockets()[2..], self.rig.cpus, &self.rig.directory)?;
         switch.proc().pause()?;
         Ok(Instance {
             peer,

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::path::Path;
 use std::process::Stdio;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -56,8 +57,14 @@ impl Heard {
 }
 
 impl Console {
-    /// Starts a testpmd with these arguments on these CPUs and waits for its first prompt.
-    pub(crate) fn start(name: &str, cpus: &[usize], arguments: &[String]) -> Result<Self> {
+    /// Starts a testpmd with these arguments on these CPUs and waits for its first prompt. What DPDK leaves behind in
+    /// the file system stays in `directory`.
+    pub(crate) fn start(
+        name: &str,
+        cpus: &[usize],
+        arguments: &[String],
+        directory: &Path,
+    ) -> Result<Self> {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)
             .context("a terminal")?;
         grantpt(&master)
@@ -73,7 +80,10 @@ impl Console {
         tcsetattr(&slave, OptionalActions::Now, &mode)?;
 
         let mut testpmd = command(TESTPMD);
-        testpmd.arg("-v").args(arguments);
+        testpmd
+            .arg("-v")
+            .args(arguments)
+            .env("RUNTIME_DIRECTORY", directory);
         testpmd
             .stdin(Stdio::from(slave.try_clone()?))
             .stdout(Stdio::from(slave.try_clone()?))

@@ -88,8 +88,10 @@ impl Peer for Ovs {
     }
 }
 
-fn environment(directory: &Path) -> [(&'static str, PathBuf); 3] {
-    ["OVS_RUNDIR", "OVS_LOGDIR", "OVS_DBDIR"].map(|key| (key, directory.to_owned()))
+fn environment(directory: &Path) -> [(&'static str, PathBuf); 4] {
+    // The last one is DPDK's.
+    ["OVS_RUNDIR", "OVS_LOGDIR", "OVS_DBDIR", "RUNTIME_DIRECTORY"]
+        .map(|key| (key, directory.to_owned()))
 }
 
 fn start_database(directory: &Path, place: &Place) -> Result<Proc> {
@@ -134,6 +136,8 @@ fn configure(directory: &Path, cpu: usize) -> Result<()> {
     let options = [
         "dpdk-init=true".to_owned(),
         "dpdk-socket-mem=512".to_owned(),
+        // With large frames it would take every hugepage there is, and leave none for the client.
+        "dpdk-socket-limit=1024".to_owned(),
         format!("dpdk-lcore-mask={mask}"),
         format!("pmd-cpu-mask={mask}"),
         format!(
