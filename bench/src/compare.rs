@@ -303,7 +303,7 @@ impl Run<'_> {
     fn round(&mut self, rows: &[Row], round: u32, instances: &mut Vec<Instance>) -> Result<()> {
         for &row in rows {
             let mut order: Vec<_> = (0..self.peers.len()).collect();
-            if round % 2 == 0 {
+            if round.is_multiple_of(2) {
                 order.reverse();
             }
             for peer in order {

@@ -31,7 +31,7 @@ struct Rig {
     mail: Mailbox,
     counters: Arc<WorkerCounters>,
     shared: Arc<Shared>,
-    thread: Option<std::thread::JoinHandle<Vec<Box<RxSlot>>>>,
+    thread: Option<std::thread::JoinHandle<Vec<RxSlot>>>,
 }
 
 fn mac(station: u8) -> [u8; 6] {

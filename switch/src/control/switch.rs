@@ -59,7 +59,7 @@ pub(super) struct WorkerHandle {
     pub(super) cpu: usize,
     pub(super) mailbox: Mailbox,
     pub(super) counters: Arc<WorkerCounters>,
-    pub(super) thread: Mutex<Option<JoinHandle<Vec<Box<RxSlot>>>>>,
+    pub(super) thread: Mutex<Option<JoinHandle<Vec<RxSlot>>>>,
 }
 
 #[derive(Default)]

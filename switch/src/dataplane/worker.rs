@@ -141,7 +141,7 @@ impl Worker {
     }
 
     /// Polls until control says stop; returns the queues it still has, for control to drop.
-    pub fn run(mut self) -> Vec<Box<RxSlot>> {
+    pub fn run(mut self) -> Vec<RxSlot> {
         let mut before = tsc();
         let mut last_frame = before;
         for pass in 0usize.. {
@@ -164,7 +164,7 @@ impl Worker {
             .slots
             .drain(..)
             .flatten()
-            .map(|entry| entry.slot)
+            .map(|entry| *entry.slot)
             .collect()
     }
 

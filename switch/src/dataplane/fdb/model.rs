@@ -12,7 +12,7 @@ mod atomics {
     pub(super) use loom::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, fence};
 }
 
-#[allow(dead_code)] // the table uses more of it
+#[allow(dead_code, clippy::duplicate_mod)] // the same file with other atomics; the table uses more of it
 #[path = "bucket.rs"]
 mod bucket;
 
