@@ -14,6 +14,9 @@ use testkit::topology::{BROADCAST, Net, PATIENCE, Station, frame};
 /// A group address that bridges forward.
 const GROUP: [u8; 6] = [0x01, 0x00, 0x5e, 0, 0, 1];
 
+/// A kind of guest, with its name.
+type Kind = (&'static str, fn(Options) -> Options);
+
 /// Lets the switch learn where everybody is.
 fn announce<const N: usize>(net: &Net, stations: &mut [Station; N]) -> Result<()> {
     for number in 0..N {
@@ -233,7 +236,7 @@ fn a_port_added_under_traffic_is_reached_and_one_deleted_is_not() -> Result<()> 
 
 #[test]
 fn frames_of_every_length_arrive_whole_through_every_kind_of_ring() -> Result<()> {
-    let kinds: [(&str, fn(Options) -> Options); 6] = [
+    let kinds: [Kind; 6] = [
         ("split", |o| o),
         ("packed", Options::packed),
         ("split, not in order, not mergeable", |o| Options {
@@ -276,7 +279,7 @@ fn frames_of_every_length_arrive_whole_through_every_kind_of_ring() -> Result<()
 
 #[test]
 fn jumbo_and_64_kib_frames_arrive_whole_in_one_buffer_or_in_many() -> Result<()> {
-    let kinds: [(&str, fn(Options) -> Options); 4] = [
+    let kinds: [Kind; 4] = [
         ("large buffers", |o| o.frame_max(65_000).ring_size(64)),
         ("large buffers, packed", |o| {
             o.packed().frame_max(65_000).ring_size(64)

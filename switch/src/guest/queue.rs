@@ -16,7 +16,7 @@ use super::{GuestError, MemoryKind, Options};
 use crate::virtio::driver::{DriverRing, DriverSetup, Raw, Used};
 use crate::virtio::net::HEADER_LEN;
 use crate::virtio::own_mem::OwnMem;
-use crate::virtio::ring::{PIECES_MAX, Way, feature};
+use crate::virtio::ring::{PIECES_MAX, Way, feature, prefetch_read, prefetch_write};
 
 /// Frames per call.
 pub const BURST: usize = 64;
@@ -192,7 +192,7 @@ impl Tx {
         let mut posts = [(0u64, 0u32); BURST];
         for (ahead, post) in posts[..room].iter_mut().enumerate() {
             post.0 = self.side.buffers.header(self.upcoming(ahead));
-            prefetch(self.frame(post.0));
+            prefetch_write(self.frame(post.0));
         }
         // 3. Fill.
         for (ahead, post) in posts[..room].iter_mut().enumerate() {
@@ -335,7 +335,7 @@ impl Rx {
         // 1. What came.
         let count = self.side.ring.take_frames(&mut self.used);
         for used in &self.used[..count] {
-            prefetch(frame_at(&self.side, used).at.cast_mut());
+            prefetch_read(frame_at(&self.side, used).at);
         }
         // 2. Look at it.
         let (mut index, mut frames) = (0, 0);
@@ -417,18 +417,6 @@ fn frame_at(side: &Side, used: &Used) -> Part {
         at: part.at.wrapping_add(header),
         len: part.len - header,
     }
-}
-
-#[inline]
-fn prefetch(at: *mut u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch touches nothing, wherever it points to.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch(at.cast(), _MM_HINT_T0);
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
 }
 
 impl fmt::Debug for Side {

@@ -18,7 +18,7 @@
 use std::sync::Arc;
 
 use super::own_mem::OwnMem;
-use super::ring::{BadSetup, Way, feature};
+use super::ring::{BadSetup, Way, feature, prefetch_read};
 
 mod packed;
 mod raw;
@@ -181,6 +181,14 @@ impl DriverRing {
         out[..before].copy_from_slice(&self.cut[..before]);
         self.cut.drain(..before);
         let count = before + self.take(&mut out[before..]);
+        if self.merge {
+            // Headers come from the device's cache, one miss each: ask for all before the first is read.
+            for used in &out[before..count] {
+                if let Some(header) = self.mem.ptr(used.addr, 0) {
+                    prefetch_read(header.as_ptr());
+                }
+            }
+        }
         let mut index = 0;
         while index < count {
             let buffers = usize::from(self.buffers_of(&out[index]));

@@ -15,14 +15,15 @@
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use ringway::control::config::{Config, Workers};
 use ringway::control::state::{Idle, PortSpec, PortState, PortStatus};
 use ringway::control::switch::Switch;
-use ringway::guest::traffic::{Mac, station};
+use ringway::guest::traffic::{Checker, Flow, Mac, station};
 use ringway::guest::{Guest, Options, QueuePair};
 use tempfile::TempDir;
 
@@ -96,7 +97,12 @@ impl Net {
         name: &str,
         change: impl FnOnce(Options) -> Options,
     ) -> Result<Station> {
-        let mut guest = Guest::new(change(Options::new(self.socket(name))))?;
+        self.attach_at(name, change(Options::new(self.socket(name))))
+    }
+
+    /// A guest with these options, which name the socket of port `name`.
+    pub fn attach_at(&self, name: &str, options: Options) -> Result<Station> {
+        let mut guest = Guest::new(options)?;
         let pairs = guest
             .attach()
             .with_context(|| format!("guest at port {name:?}"))?;
@@ -113,6 +119,11 @@ impl Net {
             sent,
             inbox,
         })
+    }
+
+    /// Counts what a station sends from now on in this switch's books: it came from another switch.
+    pub fn adopt(&self, station: &mut Station) {
+        station.sent = self.sent.clone();
     }
 
     /// A port as `ringway port show` would tell it.
@@ -153,6 +164,38 @@ impl Net {
         }
     }
 
+    /// Waits until a port has put its guest out, and returns the reason it gives.
+    pub fn wait_put_out(&self, name: &str) -> Result<String> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let port = self.port(name)?;
+            let there = matches!(port.state, PortState::Forwarding | PortState::Connected);
+            if !there && let Some(reason) = port.reason {
+                return Ok(reason);
+            }
+            ensure!(
+                Instant::now() < end,
+                "port {name:?} kept its guest: {:?}, {:?}",
+                port.state,
+                port.reason
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Sends from one station to another, without pause and from a thread of its own, until [`Stream::finish`].
+    pub fn stream(&self, from: Station, to: Station) -> Stream {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (told, frames) = (stop.clone(), Arc::new(AtomicU64::new(0)));
+        let counted = frames.clone();
+        let thread = std::thread::spawn(move || stream(from, to, &told, &counted));
+        Stream {
+            stop,
+            frames,
+            thread,
+        }
+    }
+
     /// Frames that guests sent without a [`Station`].
     pub fn count_sent(&self, frames: u64) {
         self.sent.fetch_add(frames, Ordering::Relaxed);
@@ -174,6 +217,83 @@ impl Drop for Net {
     fn drop(&mut self) {
         self.switch.stop();
     }
+}
+
+/// Innocent neighbours: a stream of frames between two ports, of which none may be lost whatever other ports do.
+pub struct Stream {
+    stop: Arc<AtomicBool>,
+    frames: Arc<AtomicU64>,
+    thread: JoinHandle<Result<()>>,
+}
+
+impl Stream {
+    /// Waits until the stream has moved a good many frames more.
+    pub fn wait_more(&self) -> Result<()> {
+        let (end, goal) = (
+            Instant::now() + PATIENCE,
+            self.frames.load(Ordering::Relaxed) + 1000,
+        );
+        while self.frames.load(Ordering::Relaxed) < goal {
+            ensure!(
+                Instant::now() < end && !self.thread.is_finished(),
+                "the innocents' stream stands still"
+            );
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Ends the stream: every frame must have come, once, in order and unchanged.
+    pub fn finish(self) -> Result<()> {
+        self.wait_more()?;
+        self.stop.store(true, Ordering::Relaxed);
+        let ended = self
+            .thread
+            .join()
+            .map_err(|_| anyhow::anyhow!("the stream panicked"))?;
+        ended.context("an innocent pair")
+    }
+}
+
+fn stream(mut from: Station, mut to: Station, stop: &AtomicBool, frames: &AtomicU64) -> Result<()> {
+    const WINDOW: u64 = 64;
+    let mut flow = Flow::new(1, from.mac, to.mac, 128);
+    let mut checker = Checker::new(1, 1, 1);
+    let mut progress = Instant::now();
+    loop {
+        let received = checker.tally().received;
+        let over = stop.load(Ordering::Relaxed);
+        let room = if over {
+            0
+        } else {
+            WINDOW - (flow.sent() - received)
+        };
+        let sent = from.pairs[0]
+            .tx
+            .send(room as usize, |slot| flow.write(slot, 1));
+        from.sent.fetch_add(sent as u64, Ordering::Relaxed);
+        let got = to.pairs[0].rx.receive(|frame| checker.check(frame, 2));
+        from.pairs[0].rx.receive(|_| ());
+        frames.fetch_add(got as u64, Ordering::Relaxed);
+        if over && received == flow.sent() {
+            break;
+        }
+        if got > 0 {
+            progress = Instant::now();
+        } else {
+            ensure!(
+                progress.elapsed() < PATIENCE,
+                "{} sent, then silence: {:?}",
+                flow.sent(),
+                checker.tally()
+            );
+            std::thread::yield_now();
+        }
+    }
+    let tally = checker.tally();
+    let wrong = tally.missing + tally.corrupted + tally.duplicated + tally.reordered;
+    ensure!(wrong == 0, "{} sent: {tally:?}", flow.sent());
+    Ok(())
 }
 
 /// The CPU of workers in tests: the last one, as the kernel keeps house on the first.
