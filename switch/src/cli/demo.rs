@@ -106,6 +106,36 @@ impl Places {
     }
 }
 
+/// How much of the demo's CPUs the demo had: its threads poll, so on a quiet machine that is all of them.
+struct CpuShare {
+    cpus: f64,
+    began: (Instant, f64),
+}
+
+impl CpuShare {
+    fn begin(places: Places) -> CpuShare {
+        CpuShare {
+            cpus: if places.containers.is_some() {
+                2.0
+            } else {
+                1.0
+            },
+            began: (Instant::now(), cpu_seconds()),
+        }
+    }
+
+    fn percent(&self) -> f64 {
+        let wall = self.began.0.elapsed().as_secs_f64() * self.cpus;
+        (100.0 * (cpu_seconds() - self.began.1) / wall).min(100.0)
+    }
+}
+
+/// CPU time of this process.
+fn cpu_seconds() -> f64 {
+    let used = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    used.tv_sec as f64 + used.tv_nsec as f64 / 1e9
+}
+
 /// A directory for the sockets that nobody else may enter, gone when the demo is.
 struct PrivateDir(PathBuf);
 
@@ -194,7 +224,9 @@ fn show(
             let total = containers.run(|| theirs.stage(), &report);
             anyhow::Ok((containers, total))
         })?;
-    let seconds = watch(args, switch, &baton, &samples, (&mut live, interrupted));
+    let share = CpuShare::begin(places);
+    let mut seen = watch(args, switch, &baton, &samples, (&mut live, interrupted));
+    seen.cpu_percent = share.percent();
     let joined = thread
         .join()
         .map_err(|_| anyhow::anyhow!("the containers' thread panicked"))?;
@@ -202,7 +234,7 @@ fn show(
     let stats = switch.stats();
     containers.detach();
     live.end();
-    Ok(summary(args, places, &stats, total, seconds))
+    Ok(summary(args, places, &stats, total, seen))
 }
 
 /// What was seen while frames flowed.
@@ -212,6 +244,7 @@ struct Seen {
     quiet: Vec<Second>,
     last: Vec<Sample>,
     cut_short: bool,
+    cpu_percent: f64,
 }
 
 impl Seen {
@@ -286,6 +319,7 @@ fn summary(
         switch_cpu: places.switch,
         containers_cpu: places.containers.unwrap_or(places.switch),
         interrupted: seen.cut_short,
+        cpu_percent: seen.cpu_percent,
         load: Second::whole(&seen.load),
         one_at_a_time: Second::whole(&seen.quiet),
         sent: total.sent,

@@ -13,6 +13,9 @@ use super::{DemoArgs, Places, Stage};
 use crate::cli::table::{Output, count};
 use crate::control::state::StatsReport;
 
+/// With less of their CPUs than this, switch and containers were disturbed.
+const QUIET_PERCENT: f64 = 95.0;
+
 /// About a second of it.
 #[derive(Clone, Debug)]
 pub(super) struct Second {
@@ -159,6 +162,8 @@ pub(super) struct Summary {
     pub(super) switch_cpu: usize,
     pub(super) containers_cpu: usize,
     pub(super) interrupted: bool,
+    /// Of the CPUs of switch and containers: less than all means that other programs slowed them down.
+    pub(super) cpu_percent: f64,
     pub(super) load: Option<Rate>,
     pub(super) one_at_a_time: Option<Rate>,
     pub(super) sent: u64,
@@ -210,6 +215,12 @@ impl Summary {
             if self.verified == self.received { "all".to_owned() } else { count(self.verified) }
         ));
         lines.push(self.books_text());
+        if self.cpu_percent < QUIET_PERCENT {
+            lines.push(format!(
+                "Caution        other programs took {:.0} % of the CPUs meanwhile: rates are lower and latencies higher than on a quiet machine",
+                100.0 - self.cpu_percent
+            ));
+        }
         lines.push(String::new());
         if self.fine() {
             // As it was typed: `cargo run` names the binary below `target`.
