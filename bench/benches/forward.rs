@@ -5,13 +5,14 @@
 //! worker's busy passes; "gaps" are frames that did not arrive in sequence (0, or the worker dropped some under `tx_full`).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ringway::dataplane::counters::{QueueCounters, Reason, WorkerCounters};
 use ringway::dataplane::eth::Mac;
 use ringway::dataplane::fdb::{Fdb, FdbSettings, Key};
-use ringway::dataplane::mailbox::{QueueId, mailbox};
+use ringway::dataplane::mailbox::{Mailbox, QueueId, mailbox};
 use ringway::dataplane::port_set::{Domain, Exit, PortId, Topology};
 use ringway::dataplane::queue::TxQueue;
 use ringway::dataplane::worker::{Idle, RxSlot, Shared, Source, Worker};
@@ -210,123 +211,135 @@ struct Outcome {
     dropped: u64,
 }
 
-fn run(row: &Row, time: Duration, hugepages: bool) -> Outcome {
-    let shared = Arc::new(Shared {
-        fdb: Fdb::new(FdbSettings {
+/// A worker on the first CPU, and the guests at its two ports.
+struct Rig {
+    guests: Vec<Guest>,
+    mail: Mailbox,
+    counters: Arc<WorkerCounters>,
+    books: Vec<Arc<QueueCounters>>,
+    thread: JoinHandle<Vec<RxSlot>>,
+}
+
+impl Rig {
+    fn new(row: &Row, hugepages: bool) -> Rig {
+        let settings = FdbSettings {
             capacity: 200_000,
             ..FdbSettings::default()
-        }),
-        seconds: 1.into(),
-    });
-    let (bed, bell) = Bed::new().expect("epoll");
-    let (mail, slot) = mailbox(bell);
-    let counters = Arc::<WorkerCounters>::default();
-    let worker = Worker::new(
-        0,
-        shared.clone(),
-        counters.clone(),
-        slot,
-        Idle::Poll,
-        Box::new(bed),
-    );
-    let thread = std::thread::spawn(move || {
-        core_affinity::set_for_current(core_affinity::CoreId { id: 0 });
-        worker.run()
-    });
-    let mut guests = Vec::new();
-    let mut exits = Vec::new();
-    let mut slots = Vec::new();
-    let mut books: Vec<Arc<QueueCounters>> = Vec::new();
-    for number in 0..2u8 {
-        let (guest, mem) = Guest::new(number, row, hugepages);
-        let (rx, tx) = (
-            Arc::<QueueCounters>::default(),
-            Arc::<QueueCounters>::default(),
-        );
-        let to = ToGuest::new(
-            ring(&guest.rx, &mem, row, Way::ToGuest),
-            None,
-            row.features & feature::MRG_RXBUF != 0,
-        );
-        let queues: Vec<Arc<dyn TxQueue>> = vec![Arc::new(shared::Shared::new(to, tx.clone()))];
-        exits.push(Some(Exit {
-            generation: 1,
-            domain: Domain(0),
-            queues,
-        }));
-        let source = Source {
-            id: QueueId {
-                port: PortId(u16::from(number)),
-                pair: 0,
-            },
-            domain: Domain(0),
-            generation: 1,
-            counters: rx.clone(),
         };
-        let from = FromGuest::new(
-            ring(&guest.tx, &mem, row, Way::FromGuest),
-            None,
-            None,
-            65_535,
-        );
-        slots.push(Box::new(RxSlot {
-            source,
-            queue: Box::new(from),
-        }));
-        let key = Key::new(Domain(0), Mac::from_bytes(mac(number, 0)));
-        let hash = shared.fdb.hash(key);
-        shared.fdb.learn(key, hash, PortId(u16::from(number)), 1, 1);
-        books.extend([rx, tx]);
-        guests.push(guest);
-    }
-    drop(
-        mail.show(Arc::new(Topology::new(exits)))
-            .expect("worker runs"),
-    );
-    for slot in slots {
-        mail.attach(slot).expect("worker runs");
-    }
-    core_affinity::set_for_current(core_affinity::CoreId { id: 1 });
-    let stop = AtomicBool::new(false);
-    let warm = Instant::now();
-    while warm.elapsed() < Duration::from_millis(300) {
-        guests.iter_mut().for_each(|guest| {
-            guest.turn(row.frame);
+        let shared = Arc::new(Shared {
+            fdb: Fdb::new(settings),
+            seconds: 1.into(),
         });
+        let (bed, bell) = Bed::new().expect("epoll");
+        let (mail, slot) = mailbox(bell);
+        let counters = Arc::<WorkerCounters>::default();
+        let (theirs, mine) = (shared.clone(), counters.clone());
+        let worker = Worker::new(0, theirs, mine, slot, Idle::Poll, Box::new(bed));
+        let thread = std::thread::spawn(move || {
+            core_affinity::set_for_current(core_affinity::CoreId { id: 0 });
+            worker.run()
+        });
+        let (mut guests, mut books) = (Vec::new(), Vec::new());
+        let (mut exits, mut slots) = (Vec::new(), Vec::new());
+        for number in 0..2u8 {
+            let (guest, mem) = Guest::new(number, row, hugepages);
+            let (exit, slot) = port(&guest, &mem, row, &mut books);
+            let key = Key::new(Domain(0), Mac::from_bytes(mac(number, 0)));
+            let hash = shared.fdb.hash(key);
+            shared.fdb.learn(key, hash, PortId(u16::from(number)), 1, 1);
+            exits.push(Some(exit));
+            slots.push(slot);
+            guests.push(guest);
+        }
+        let topology = Arc::new(Topology::new(exits));
+        drop(mail.show(topology).expect("worker runs"));
+        for slot in slots {
+            mail.attach(slot).expect("worker runs");
+        }
+        Rig {
+            guests,
+            mail,
+            counters,
+            books,
+            thread,
+        }
     }
-    let snapshot = || {
+
+    /// Lets the guests send and receive for `time`; returns the frames received.
+    fn drive(&mut self, frame: u32, time: Duration) -> u64 {
+        let (start, mut frames) = (Instant::now(), 0);
+        while start.elapsed() < time {
+            for _ in 0..32 {
+                frames += self.guests.iter_mut().map(|g| g.turn(frame)).sum::<u64>();
+            }
+        }
+        frames
+    }
+
+    /// Busy cycles, all cycles, frames received.
+    fn snapshot(&self) -> (u64, u64, u64) {
+        let counters = &self.counters;
         (
             counters.busy_cycles.load(Relaxed),
             counters.total_cycles.load(Relaxed),
             counters.received.frames(),
         )
-    };
-    let (before, start, mut frames) = (snapshot(), Instant::now(), 0);
-    while start.elapsed() < time && !stop.load(Relaxed) {
-        for _ in 0..32 {
-            frames += guests
-                .iter_mut()
-                .map(|guest| guest.turn(row.frame))
-                .sum::<u64>();
-        }
     }
-    let (after, seconds) = (snapshot(), start.elapsed().as_secs_f64());
-    mail.stop();
-    drop(thread.join());
+}
+
+/// Both queues of a guest's port.
+fn port(
+    guest: &Guest,
+    mem: &Arc<GuestMem>,
+    row: &Row,
+    books: &mut Vec<Arc<QueueCounters>>,
+) -> (Exit, Box<RxSlot>) {
+    let (rx, tx) = (Arc::<QueueCounters>::default(), Arc::default());
+    let mergeable = row.features & feature::MRG_RXBUF != 0;
+    let to = ToGuest::new(ring(&guest.rx, mem, row, Way::ToGuest), None, mergeable);
+    let from = ring(&guest.tx, mem, row, Way::FromGuest);
+    let from = FromGuest::new(from, None, None, 65_535);
+    let queue: Arc<dyn TxQueue> = Arc::new(shared::Shared::new(to, Arc::clone(&tx)));
+    let source = Source {
+        id: QueueId {
+            port: PortId(u16::from(guest.number)),
+            pair: 0,
+        },
+        domain: Domain(0),
+        generation: 1,
+        counters: rx.clone(),
+    };
+    books.extend([rx, tx]);
+    let exit = Exit {
+        generation: 1,
+        domain: Domain(0),
+        queues: vec![queue],
+    };
+    let slot = RxSlot {
+        source,
+        queue: Box::new(from),
+    };
+    (exit, Box::new(slot))
+}
+
+fn run(row: &Row, time: Duration, hugepages: bool) -> Outcome {
+    let mut rig = Rig::new(row, hugepages);
+    core_affinity::set_for_current(core_affinity::CoreId { id: 1 });
+    rig.drive(row.frame, Duration::from_millis(300));
+    let (before, start) = (rig.snapshot(), Instant::now());
+    let frames = rig.drive(row.frame, time);
+    let (after, seconds) = (rig.snapshot(), start.elapsed().as_secs_f64());
+    rig.mail.stop();
+    drop(rig.thread.join());
+    let dropped = |book: &Arc<QueueCounters>| -> u64 {
+        Reason::ALL.iter().map(|reason| book.dropped(*reason)).sum()
+    };
     Outcome {
         mpps: frames as f64 / seconds / 1e6,
         cycles: (after.0 - before.0) as f64 / (after.2 - before.2).max(1) as f64,
         busy: (after.0 - before.0) as f64 / (after.1 - before.1).max(1) as f64,
-        gaps: guests.iter().map(|guest| guest.gaps).sum(),
-        dropped: books
-            .iter()
-            .map(|book| {
-                Reason::ALL
-                    .iter()
-                    .map(|reason| book.dropped(*reason))
-                    .sum::<u64>()
-            })
-            .sum(),
+        gaps: rig.guests.iter().map(|guest| guest.gaps).sum(),
+        dropped: rig.books.iter().map(dropped).sum(),
     }
 }
 

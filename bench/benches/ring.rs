@@ -81,7 +81,7 @@ fn forward(from: &mut Line, to: &mut Line, bufs: &mut (Box<Buffers>, Box<Buffers
     let count = to.device.fetch(&mut bufs.1, count).expect("honest");
     let header = net::header(1);
     let mut written = [0; BATCH];
-    for index in 0..count {
+    for (index, written) in written.iter_mut().enumerate().take(count) {
         let (rx, tx) = (bufs.0.buffer(index), bufs.1.buffer(index));
         assert!(rx.fault.is_none() && tx.fault.is_none() && rx.len <= tx.len && rx.len >= 12);
         // SAFETY: both rings checked `len` bytes at `at`; the receiver's are no fewer, and the guests do not overlap.
@@ -89,7 +89,7 @@ fn forward(from: &mut Line, to: &mut Line, bufs: &mut (Box<Buffers>, Box<Buffers
             tx.at.cast::<[u8; 12]>().write(header);
             ptr::copy_nonoverlapping(rx.at.add(12), tx.at.add(12), rx.len as usize - 12);
         }
-        written[index] = rx.len;
+        *written = rx.len;
     }
     from.device.complete(count, &[]);
     to.device.complete(count, &written[..count]);

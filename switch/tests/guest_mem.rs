@@ -751,7 +751,9 @@ fn touch_all_holes() {
     for _ in 0..8 {
         let file = memfd(64 << 20);
         let mem = map_one(&file, 64 << 20);
-        (0..(64 << 20) / PAGE).for_each(|page| drop(read(&mem, page * PAGE)));
+        (0..(64 << 20) / PAGE).for_each(|page| {
+            read(&mem, page * PAGE);
+        });
         assert_eq!(mem.poison().cause(), Some(PoisonCause::OverBudget));
         drop(mem); // it keeps its file, and with it what we were charged
         guests.push(file);
