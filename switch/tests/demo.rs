@@ -111,7 +111,7 @@ fn ctrl_c_ends_it_early_with_the_summary() {
     lines.read_to_string(&mut rest).expect("text");
     assert!(child.wait().expect("ours").success(), "{rest}");
     assert!(
-        began.elapsed() < Duration::from_secs(5),
+        began.elapsed() < Duration::from_secs(20),
         "took {:?}",
         began.elapsed()
     );

