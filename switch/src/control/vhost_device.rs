@@ -20,7 +20,7 @@ use super::port_state::{GuestState, RingAddr, RingState, way};
 use super::state::{Direction, Hugepages, MemoryRegion, Peer, PortSpec, PortState, RingKind};
 use crate::port::call::{Call, is_eventfd};
 use crate::port::vhost::{FromGuest, ToGuest};
-use crate::virtio::guest_mem::{GuestMem, MapOptions, Poison, Region, RegionSpec};
+use crate::virtio::guest_mem::{GuestMem, MapOptions, Poison, PoisonCause, Region, RegionSpec};
 use crate::virtio::ring::{Ring, Way, feature};
 
 /// Memory regions a guest may have at one time (GET_MAX_MEM_SLOTS).
@@ -116,11 +116,12 @@ impl Device {
             return None;
         }
         self.quiesce();
-        let cause = self
-            .poison
-            .cause()
-            .map(|cause| format!("the guest is at fault: {cause}"));
-        self.lie.take().or(cause)
+        let (cause, lie) = (self.poison.cause(), self.lie.take());
+        match cause {
+            // Where memory was taken away there are zeros of our own: what rings then seem to say is no lie of the guest's.
+            Some(PoisonCause::Lie) if lie.is_some() => lie,
+            cause => cause.map(|cause| format!("the guest is at fault: {cause}")),
+        }
     }
 
     /// Takes back all rings: the end of this guest's service.
