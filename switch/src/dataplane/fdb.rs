@@ -12,6 +12,8 @@
 //! in the two buckets go first those that have expired, then the oldest of the port that wants the place (a flood eats
 //! itself), then one of a port that has more stations than that port, in the table or in these two buckets. A port below
 //! its reserved share rather takes from the rich than from itself, and is let in even if the table is full to its capacity.
+//! A port's own stations of this very second stay: a flood that has filled its part of the table is refused by reads alone, and
+//! after each refusal the next 15 unseen, so that it costs the worker little more than honest frames.
 //!
 //! **A port number's next owner** never gets frames for stations of the previous one: port and generation are one word in the
 //! table, and whoever looks up compares the generation with the port's present one.
@@ -31,7 +33,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use crossbeam::utils::{Backoff, CachePadded};
 
-use self::bucket::{Bucket, Probe, Record, SLOTS, probe_both};
+use self::bucket::{Bucket, Probe, Record, Seen, probe_both};
 use super::eth::Mac;
 use super::port_set::{Domain, PORTS_MAX, PortId};
 
@@ -209,11 +211,19 @@ pub struct Fdb {
     key: HashKey,
     capacity: usize,
     reserved_per_port: AtomicU32,
-    /// Learnt stations per port.
-    shares: Box<[AtomicU32]>,
+    shares: Box<[Share]>,
     /// The last ageing time asked for; 0 = never.
     max_age: AtomicU32,
     load: CachePadded<Load>,
+}
+
+/// A port's part of the table.
+#[derive(Default)]
+struct Share {
+    /// Stations learnt there.
+    stations: AtomicU32,
+    /// New stations that are refused unseen.
+    unseen: AtomicU32,
 }
 
 /// What changes when stations come and go.
@@ -259,7 +269,7 @@ impl Fdb {
             key: settings.key,
             capacity: settings.capacity,
             reserved_per_port: settings.reserved_per_port.into(),
-            shares: (0..settings.ports_max).map(|_| AtomicU32::new(0)).collect(),
+            shares: (0..settings.ports_max).map(|_| Share::default()).collect(),
             max_age: AtomicU32::new(0),
             load: CachePadded::default(),
         }
@@ -282,11 +292,9 @@ impl Fdb {
     #[inline]
     pub fn lookup(&self, key: Key, hash: Hash) -> Option<Station> {
         match self.buckets[self.home(hash)].probe(key.0) {
-            Probe::Hit(_, record) => Some(station(&record)),
+            Probe::Hit(seen) => Some(station(seen)),
             Probe::Miss { spilled: false } => None,
-            _ => self
-                .look_again(key, hash)
-                .map(|(_, _, record)| station(&record)),
+            _ => self.look_again(key, hash).map(|(_, seen)| station(seen)),
         }
     }
 
@@ -296,9 +304,7 @@ impl Fdb {
         let home = &self.buckets[self.home(hash)];
         let place = u32::from(generation) << 16 | u32::from(port.0);
         match home.probe(key.0) {
-            Probe::Hit(slot, record) if record.station == place => {
-                refresh(home, slot, &record, now)
-            }
+            Probe::Hit(seen) if seen.station == place => refresh(home, seen.slot, now),
             _ => self.learn_news(key, hash, place, now),
         }
     }
@@ -353,9 +359,8 @@ impl Fdb {
             .store(max_age_seconds.min(AGE_MAX_SECONDS), Relaxed);
         let oldest = (now as u16).wrapping_sub(AGE_MAX_SECONDS as u16);
         for bucket in &self.buckets {
-            for slot in 0..SLOTS {
-                if bucket
-                    .glance(slot)
+            for (slot, record) in bucket.glance().into_iter().enumerate() {
+                if record
                     .is_some_and(|record| u32::from(age_of(record.stamp, now)) > AGE_MAX_SECONDS)
                 {
                     bucket.touch(slot, oldest);
@@ -371,18 +376,15 @@ impl Fdb {
     /// may be missing or appear twice.
     pub fn for_each(&self, now: u32, mut show: impl FnMut(Key, Station, u32)) {
         for bucket in &self.buckets {
-            for slot in 0..SLOTS {
-                let Some(Probe::Hit(_, record)) =
-                    bucket.glance(slot).map(|torn| bucket.probe(torn.key))
-                else {
-                    continue;
-                };
-                let age = if record.is_static {
-                    0
-                } else {
-                    age_of(record.stamp, now)
-                };
-                show(Key(record.key), station(&record), age.into());
+            for record in bucket.glance().into_iter().flatten() {
+                if let Probe::Hit(seen) = bucket.probe(record.key) {
+                    let age = if seen.is_static {
+                        0
+                    } else {
+                        age_of(record.stamp, now)
+                    };
+                    show(Key(record.key), station(seen), age.into());
+                }
             }
         }
     }
@@ -438,14 +440,14 @@ impl Fdb {
 
     #[cold]
     #[inline(never)]
-    fn look_again(&self, key: Key, hash: Hash) -> Option<(&Bucket, usize, Record)> {
+    fn look_again(&self, key: Key, hash: Hash) -> Option<(&Bucket, Seen)> {
         let (home, away) = (
             &self.buckets[self.home(hash)],
             &self.buckets[self.away(hash)],
         );
         for _ in 0..LOOKS_MAX {
             match probe_both(home, away, key.0) {
-                (bucket, Probe::Hit(slot, record)) => return Some((bucket, slot, record)),
+                (bucket, Probe::Hit(seen)) => return Some((bucket, seen)),
                 (_, Probe::Miss { .. }) => return None,
                 (_, Probe::Torn) => std::hint::spin_loop(),
             }
@@ -456,10 +458,10 @@ impl Fdb {
     #[cold]
     #[inline(never)]
     fn learn_news(&self, key: Key, hash: Hash, station: u32, now: u32) -> Learned {
-        if let Some((bucket, slot, record)) = self.look_again(key, hash)
-            && record.station == station
+        if let Some((bucket, seen)) = self.look_again(key, hash)
+            && seen.station == station
         {
-            return refresh(bucket, slot, &record, now);
+            return refresh(bucket, seen.slot, now);
         }
         let new = Record {
             key: key.0,
@@ -472,14 +474,17 @@ impl Fdb {
         if !known_port || key.mac().is_zero() || key.mac().is_multicast() {
             return Learned::Full;
         }
+        if self.is_hopeless(&new, now) {
+            return self.refuse();
+        }
         self.settle(new, now)
     }
 }
 
-/// The rest of `learn` and `lookup`: one store at most, and only when the clock has moved.
+/// The station is known: one store at most, and only when the clock has moved.
 #[inline]
-fn refresh(bucket: &Bucket, slot: usize, record: &Record, now: u32) -> Learned {
-    if age_of(record.stamp, now) == 0 {
+fn refresh(bucket: &Bucket, slot: usize, now: u32) -> Learned {
+    if age_of(bucket.stamp(slot), now) == 0 {
         return Learned::Known;
     }
     bucket.touch(slot, now as u16);
@@ -487,11 +492,12 @@ fn refresh(bucket: &Bucket, slot: usize, record: &Record, now: u32) -> Learned {
 }
 
 #[inline]
-fn station(record: &Record) -> Station {
+fn station(seen: Seen) -> Station {
+    let (port, generation) = (seen.station as u16, (seen.station >> 16) as u16);
     Station {
-        port: PortId(record.port()),
-        generation: (record.station >> 16) as u16,
-        is_static: record.is_static,
+        port: PortId(port),
+        generation,
+        is_static: seen.is_static,
     }
 }
 

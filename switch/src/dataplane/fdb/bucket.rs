@@ -7,6 +7,7 @@
 //!
 //! `model.rs` has loom try all orders in which two threads can meet here.
 
+use std::hint::select_unpredictable;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use super::atomics::{AtomicU16, AtomicU32, AtomicU64, fence};
@@ -62,10 +63,21 @@ impl Record {
     }
 }
 
+/// A station where it was found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Seen {
+    /// Its slot.
+    pub(super) slot: usize,
+    /// See [`Record`].
+    pub(super) station: u32,
+    /// See [`Record`].
+    pub(super) is_static: bool,
+}
+
 /// What a look into a bucket gave.
 pub(super) enum Probe {
-    /// The station and its slot.
-    Hit(usize, Record),
+    /// Here it is.
+    Hit(Seen),
     /// Not here, and in its second bucket only if `spilled`.
     Miss {
         /// The second bucket must be asked.
@@ -96,41 +108,48 @@ pub(super) struct Bucket {
 }
 
 impl Bucket {
-    /// Looks for `key`. All four keys are compared without a branch: which slot matches is random, and a wrong guess
-    /// costs more than the comparisons.
+    /// Looks for `key`.
     #[inline]
     pub(super) fn probe(&self, key: u64) -> Probe {
         // Acquire: pairs with the Release of `Claim::drop`: what we read below is at least as new as this head.
         let head = Head(self.head.load(Acquire));
-        let mut hits = 0;
-        for (slot, held) in self.keys.iter().enumerate() {
-            hits |= u64::from(held.load(Relaxed) == key) << slot;
-        }
-        hits &= head.0 & (VALID * 0xf);
-        let slot = hits.trailing_zeros() as usize % SLOTS;
+        let slot = self.slot_of(key);
+        let hit = self.keys[slot].load(Relaxed) == key && head.is_valid(slot);
         let station = self.stations[slot].load(Relaxed);
-        let stamp = self.stamps[slot].load(Relaxed);
         // Acquire: pairs with the Release fences of `Claim`: if one of the loads above saw a writer's store, the next load sees the
         // head that this writer had left before it.
         fence(Acquire);
         if self.head.load(Relaxed) != head.0 {
             Probe::Torn
-        } else if hits == 0 {
+        } else if hit {
+            Probe::Hit(Seen {
+                slot,
+                station,
+                is_static: head.is_static(slot),
+            })
+        } else {
             Probe::Miss {
                 spilled: head.spilled() > 0,
             }
-        } else {
-            let is_static = head.is_static(slot);
-            Probe::Hit(
-                slot,
-                Record {
-                    key,
-                    station,
-                    stamp,
-                    is_static,
-                },
-            )
         }
+    }
+
+    /// The slot where `key` is if it is here at all. Without a branch: which slot it is nobody can predict, and a wrong guess
+    /// costs more than three comparisons.
+    #[inline]
+    fn slot_of(&self, key: u64) -> usize {
+        let mut slot = 0;
+        for other in 1..SLOTS {
+            let here = self.keys[other].load(Relaxed) == key;
+            slot = select_unpredictable(here, other, slot);
+        }
+        slot
+    }
+
+    /// When the station in `slot` was heard, if nobody else took the slot since `probe`.
+    #[inline]
+    pub(super) fn stamp(&self, slot: usize) -> u16 {
+        self.stamps[slot % SLOTS].load(Relaxed)
     }
 
     /// Notes when the station in `slot` was heard. Somebody else may have taken the slot since `probe`: it then looks
@@ -157,11 +176,11 @@ impl Bucket {
         })
     }
 
-    /// What is in `slot`, if it is valid and nobody is writing; may be torn: to be checked under a claim.
-    pub(super) fn glance(&self, slot: usize) -> Option<Record> {
+    /// All that is here; may be torn: to be checked under a claim.
+    pub(super) fn glance(&self) -> [Option<Record>; SLOTS] {
         let head = Head(self.head.load(Acquire)); // Acquire: as in `probe`.
-        head.is_valid(slot)
-            .then(|| self.record(slot, head.is_static(slot)))
+        let held = |slot| self.record(slot, head.is_static(slot));
+        std::array::from_fn(|slot| head.is_valid(slot).then(|| held(slot)))
     }
 
     /// The opposite of [`Claim::spill`], after the station is gone; by anybody.
@@ -249,19 +268,24 @@ impl Claim<'_> {
 
     /// Writes a station over whatever is in `slot`.
     pub(super) fn put(&mut self, slot: usize, record: Record) {
-        let bits = (VALID | STATIC) << slot;
-        if self.shown & bits != 0 {
-            // Release: pairs with the Acquire of `probe`: who misses a station here that was pushed on finds it in its second bucket.
-            self.bucket.head.fetch_and(!bits, Release);
-            self.shown &= !bits;
-        }
+        self.hide(slot);
         // Release: pairs with the Acquire fence of `probe`: who sees one of these stores sees that the head has changed.
         fence(Release);
         self.bucket.keys[slot].store(record.key, Relaxed);
         self.bucket.stations[slot].store(record.station, Relaxed);
         self.bucket.stamps[slot].store(record.stamp, Relaxed);
-        self.wanted &= !bits;
         self.wanted |= VALID << slot | if record.is_static { STATIC << slot } else { 0 };
+    }
+
+    /// Takes `slot` from the readers.
+    fn hide(&mut self, slot: usize) {
+        let bits = (VALID | STATIC) << slot;
+        self.wanted &= !bits;
+        if self.shown & bits != 0 {
+            self.shown &= !bits;
+            // Release: pairs with the Acquire of `probe`: who misses a station here that was pushed on finds it in its second bucket.
+            self.bucket.head.fetch_and(!bits, Release);
+        }
     }
 
     /// The station in `slot` is now heard elsewhere. It stays visible: readers see the old place or the new one.
@@ -276,9 +300,11 @@ impl Claim<'_> {
         self.wanted |= STATIC << slot;
     }
 
-    /// Forgets the station in `slot`.
+    /// Forgets the station in `slot`, its key too: `slot_of` must not find an empty slot first.
     pub(super) fn clear(&mut self, slot: usize) {
-        self.wanted &= !((VALID | STATIC) << slot);
+        self.hide(slot);
+        fence(Release); // Release: as in `put`.
+        self.bucket.keys[slot].store(0, Relaxed);
     }
 }
 

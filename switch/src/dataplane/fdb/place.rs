@@ -11,6 +11,9 @@ use super::{Fdb, Key, Learned, age_of, count};
 /// Buckets searched for somebody to evict when the table is full and the newcomer's own two offer nobody.
 const HAND_STEPS: usize = 8;
 
+/// New stations that are refused unseen after one for which there was no place.
+const UNSEEN: u32 = 15;
+
 /// Who goes first: the class, then the stations of its port, then the age.
 type Rank = (u8, u32, u16);
 const EXPIRED: u8 = 4;
@@ -22,6 +25,31 @@ const FOR_THE_OPERATOR: u8 = 0;
 const LAST_RESORT: u8 = 0;
 
 impl Fdb {
+    /// True if `settle` would refuse: the table is full and the port has its share, here too, and none of it is older than this
+    /// second. Reads only: this is what a flood costs.
+    pub(super) fn is_hopeless(&self, new: &Record, now: u32) -> bool {
+        if self.len() < self.capacity || self.share(new) < self.reserved() {
+            return false;
+        }
+        let Some(share) = self.shares.get(usize::from(new.port())) else {
+            return true;
+        };
+        let unseen = share.unseen.load(Relaxed);
+        if unseen > 0 {
+            share.unseen.store(unseen - 1, Relaxed); // another worker's may be lost: it is a rough count
+            return true;
+        }
+        let hash = self.hash(Key(new.key));
+        let held = [self.home(hash), self.away(hash)].map(|index| self.buckets[index].glance());
+        let mut records = held.iter().flatten().flatten();
+        let ours = records.any(|record| !record.is_static && record.port() == new.port());
+        let hopeless = ours && self.victim(&held, new, RICHER, now).is_none();
+        if hopeless {
+            share.unseen.store(UNSEEN, Relaxed);
+        }
+        hopeless
+    }
+
     /// Writes a station. Whoever adds or moves a station holds the claim on its home, so that it never appears twice.
     pub(super) fn settle(&self, new: Record, now: u32) -> Learned {
         let hash = self.hash(Key(new.key));
@@ -82,7 +110,7 @@ impl Fdb {
         // 1. In a full table somebody must go: from here, or from where the hand points.
         let mut admitted = self.admit();
         if !admitted {
-            if let Some(spot) = self.victim(&pair, &new, RICHER, now) {
+            if let Some(spot) = self.victim(&held(&pair), &new, RICHER, now) {
                 return self.replace(&mut pair, spot, new);
             }
             admitted = self.evict_elsewhere(&new, now) || self.admit_reserved(&new);
@@ -97,15 +125,14 @@ impl Fdb {
             return Learned::New;
         }
         self.load.len.fetch_sub(1, Relaxed);
-        if let Some(spot) = self.victim(&pair, &new, LAST_RESORT, now) {
+        if let Some(spot) = self.victim(&held(&pair), &new, LAST_RESORT, now) {
             return self.replace(&mut pair, spot, new);
         }
         self.refuse()
     }
 
-    /// Whom the newcomer may evict from its own two buckets, of class `least` and above.
-    fn victim(&self, pair: &[Claim<'_>; 2], new: &Record, least: u8, now: u32) -> Option<Spot> {
-        let held = [pair[0].records(), pair[1].records()];
+    /// Whom the newcomer may evict from those held by its own two buckets, of class `least` and above.
+    fn victim(&self, held: &Held, new: &Record, least: u8, now: u32) -> Option<Spot> {
         let crowd = |port| {
             let learnt = held
                 .iter()
@@ -114,7 +141,6 @@ impl Fdb {
                 .filter(|record| !record.is_static);
             learnt.filter(|record| record.port() == port).count()
         };
-        let ours = crowd(new.port());
         let spots = (0..2 * SLOTS).map(|i| Spot {
             side: i / SLOTS,
             slot: i % SLOTS,
@@ -122,7 +148,7 @@ impl Fdb {
         spots
             .filter_map(|spot| {
                 let record = held[spot.side][spot.slot]?;
-                let crowds_us = crowd(record.port()) > ours + 1;
+                let crowds_us = || crowd(record.port()) > crowd(new.port()) + 1;
                 Some((self.rank(&record, new, crowds_us, now)?, spot))
             })
             .filter(|(rank, _)| rank.0 >= least)
@@ -131,7 +157,13 @@ impl Fdb {
     }
 
     /// How readily `record` makes place for `new`; `None`: never.
-    fn rank(&self, record: &Record, new: &Record, crowds_us: bool, now: u32) -> Option<Rank> {
+    fn rank(
+        &self,
+        record: &Record,
+        new: &Record,
+        crowds_us: impl FnOnce() -> bool,
+        now: u32,
+    ) -> Option<Rank> {
         if record.is_static {
             return None;
         }
@@ -141,13 +173,12 @@ impl Fdb {
         }
         let (theirs, ours) = (self.share(record), self.share(new));
         if record.port() == new.port() && !new.is_static {
-            let class = if ours >= self.reserved() {
-                OWN
+            if ours < self.reserved() {
+                Some((OWN_BELOW_RESERVE, 0, age))
             } else {
-                OWN_BELOW_RESERVE
-            };
-            Some((class, 0, age))
-        } else if theirs > self.reserved() && (theirs > ours || crowds_us) {
+                (age > 0).then_some((OWN, 0, age))
+            }
+        } else if theirs > self.reserved() && (theirs > ours || crowds_us()) {
             Some((RICHER, theirs, age))
         } else if new.is_static {
             Some((FOR_THE_OPERATOR, theirs, age))
@@ -183,18 +214,27 @@ impl Fdb {
     /// Evicts a station from the next buckets in turn that hold one which may go; its place in the count is the newcomer's.
     fn evict_elsewhere(&self, new: &Record, now: u32) -> bool {
         let least = if new.is_static { LAST_RESORT } else { RICHER };
+        let pick = |records: [Option<Record>; SLOTS]| {
+            let ranked = records
+                .into_iter()
+                .enumerate()
+                .filter_map(|(slot, record)| {
+                    let record = record?;
+                    Some((self.rank(&record, new, || false, now)?, slot, record))
+                });
+            ranked
+                .filter(|(rank, _, _)| rank.0 >= least)
+                .max_by_key(|(rank, _, _)| *rank)
+        };
         for _ in 0..HAND_STEPS {
             let index = self.load.hand.fetch_add(1, Relaxed) & (self.buckets.len() - 1);
+            if pick(self.buckets[index].glance()).is_none() {
+                continue;
+            }
             let Some(mut claim) = self.buckets[index].claim() else {
                 continue;
             };
-            let ranked = (0..SLOTS).filter_map(|slot| {
-                let record = claim.record(slot)?;
-                Some((self.rank(&record, new, false, now)?, slot, record))
-            });
-            if let Some((rank, slot, record)) = ranked.max_by_key(|(rank, _, _)| *rank)
-                && rank.0 >= least
-            {
+            if let Some((_, slot, record)) = pick(claim.records()) {
                 claim.clear(slot);
                 self.has_left(&claim, &record);
                 count(&self.load.evicted);
@@ -214,7 +254,7 @@ impl Fdb {
         Learned::New
     }
 
-    fn refuse(&self) -> Learned {
+    pub(super) fn refuse(&self) -> Learned {
         count(&self.load.refused);
         Learned::Full
     }
@@ -226,10 +266,7 @@ impl Fdb {
         doomed: &mut impl FnMut(&Record) -> bool,
     ) -> usize {
         let bucket = &self.buckets[index];
-        if !(0..SLOTS)
-            .filter_map(|slot| bucket.glance(slot))
-            .any(|record| doomed(&record))
-        {
+        if !bucket.glance().iter().flatten().any(&mut *doomed) {
             return 0;
         }
         let backoff = Backoff::new();
@@ -273,7 +310,11 @@ impl Fdb {
 
     /// Takes a place in the count, if there is one.
     fn admit(&self) -> bool {
-        let admitted = self.load.len.fetch_add(1, Relaxed) < self.capacity;
+        let full = |len| len >= self.capacity;
+        if full(self.len()) {
+            return false;
+        }
+        let admitted = !full(self.load.len.fetch_add(1, Relaxed));
         if !admitted {
             self.load.len.fetch_sub(1, Relaxed);
         }
@@ -305,9 +346,8 @@ impl Fdb {
 
     /// Stations learnt from the port of `record`.
     fn share(&self, record: &Record) -> u32 {
-        self.shares
-            .get(usize::from(record.port()))
-            .map_or(0, |share| share.load(Relaxed))
+        let share = self.shares.get(usize::from(record.port()));
+        share.map_or(0, |share| share.stations.load(Relaxed))
     }
 
     fn reserved(&self) -> u32 {
@@ -318,7 +358,7 @@ impl Fdb {
         if record.is_static {
             self.load.fixed.fetch_add(1, Relaxed);
         } else if let Some(share) = self.shares.get(usize::from(record.port())) {
-            share.fetch_add(1, Relaxed);
+            share.stations.fetch_add(1, Relaxed);
         }
     }
 
@@ -326,7 +366,7 @@ impl Fdb {
         if record.is_static {
             self.load.fixed.fetch_sub(1, Relaxed);
         } else if let Some(share) = self.shares.get(usize::from(record.port())) {
-            share.fetch_sub(1, Relaxed);
+            share.stations.fetch_sub(1, Relaxed);
         }
     }
 }
@@ -336,6 +376,13 @@ impl Fdb {
 struct Spot {
     side: usize,
     slot: usize,
+}
+
+/// What the two hold.
+type Held = [[Option<Record>; SLOTS]; 2];
+
+fn held(pair: &[Claim<'_>; 2]) -> Held {
+    [pair[0].records(), pair[1].records()]
 }
 
 fn free(pair: &[Claim<'_>; 2]) -> Option<Spot> {

@@ -59,7 +59,7 @@ impl Fdb {
             shares,
             self.shares
                 .iter()
-                .map(|share| share.load(Relaxed))
+                .map(|share| share.stations.load(Relaxed))
                 .collect::<Vec<_>>()
         );
         let counted = self
@@ -200,13 +200,14 @@ fn as_many_random_addresses_as_the_capacity_fit() {
     // 655,360 is the fullest a table can be: 62.5 % of its slots.
     for capacity in [1000, 65_536, 655_360, 1_000_000] {
         let fdb = Fdb::new(settings(capacity));
-        for n in 0..capacity as u64 {
-            assert_eq!(fdb.hear(key(n), BLUE, 0), Learned::New);
-        }
-        let lost = (0..capacity as u64)
-            .filter(|&n| fdb.find(key(n)).is_none())
+        (0..capacity as u64).for_each(|n| _ = fdb.hear(key(n), BLUE, 0));
+        let found = (0..capacity as u64)
+            .filter(|&n| fdb.find(key(n)).is_some())
             .count();
-        assert!(lost <= capacity / 100_000, "{lost} of {capacity}");
+        assert!(
+            found >= capacity - capacity / 100_000,
+            "{found} of {capacity}"
+        );
         fdb.assert_consistent();
     }
 }
@@ -225,7 +226,6 @@ fn two_thirds_of_the_slots_are_filled_before_a_station_finds_no_place() {
     let placed = (0..)
         .take_while(|&n| fdb.hear(key(n), ports(n), 0) == Learned::New && fdb.stats().evicted == 0)
         .count();
-    eprintln!("first {placed} of {slots}");
     assert!(placed > slots * 2 / 3, "{placed} of {slots}");
     fdb.assert_consistent();
 }
@@ -283,7 +283,7 @@ fn two_floods_share_the_table() {
         fdb.hear(key(n + 1_000_000), RED, 0);
         fdb.hear(key(n + 2_000_000), BLUE, 0);
     }
-    let share = fdb.shares[usize::from(RED.0)].load(Relaxed);
+    let share = fdb.shares[usize::from(RED.0)].stations.load(Relaxed);
     assert!((1200..=2896).contains(&share), "{share} of 4096");
 }
 
@@ -388,7 +388,7 @@ fn readers_never_see_a_place_that_was_never_stored_nor_miss_a_station_that_stays
                     proof(key, port),
                     (n / 1000) as u32,
                 );
-                if n % 41 == 0 {
+                if n.is_multiple_of(41) {
                     fdb.remove(key);
                 }
             }
@@ -440,8 +440,8 @@ fn two_learners_and_a_sweeper_leave_a_consistent_table() {
                 }
             });
         }
-        for n in 0..300 {
-            fdb.flush(if n % 2 == 0 {
+        for n in 0..300u32 {
+            fdb.flush(if n.is_multiple_of(2) {
                 Flush::Port(BLUE)
             } else {
                 Flush::Domain(Domain(1))
