@@ -6,40 +6,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use ringway::guest::traffic::{Checker, Flow, station};
-use ringway::guest::{Guest, Options, QueuePair};
+use ringway::guest::{Guest, Options};
 use testkit::require;
 use testkit::skip::{hugepages, tool};
 use testkit::testpmd::Config;
-
-/// Sends `frames` frames of `len` bytes from one queue to the other, at most `window` of them on their way.
-fn stream(
-    from: &mut QueuePair,
-    to: &mut QueuePair,
-    frames: u64,
-    len: usize,
-    window: u64,
-) -> Result<()> {
-    let mut flow = Flow::new(1, station(1), station(2), len);
-    let mut checker = Checker::new(1, 1, 1);
-    let end = Instant::now() + Duration::from_secs(30);
-    while checker.tally().received < frames {
-        let room = (frames - flow.sent()).min(window - (flow.sent() - checker.tally().received));
-        from.tx.send(room as usize, |slot| flow.write(slot, 1));
-        to.rx.receive(|frame| checker.check(frame, 2));
-        ensure!(
-            Instant::now() < end,
-            "{} sent, found {:?}",
-            flow.sent(),
-            checker.tally()
-        );
-    }
-    let tally = checker.tally();
-    let wrong =
-        tally.missing + tally.corrupted + tally.duplicated + tally.reordered + tally.foreign;
-    ensure!(wrong == 0, "{tally:?}");
-    Ok(())
-}
+use testkit::topology::exchange;
 
 fn kinds() -> Vec<(String, impl Fn(&Path) -> Options)> {
     let mut kinds = Vec::new();
@@ -72,8 +43,8 @@ fn guests_of_every_kind_exchange_frames_through_dpdks_vhost_library() -> Result<
         let run = || -> Result<()> {
             let (mut one, mut two) = (Guest::new(kind(&a))?, Guest::new(kind(&b))?);
             let (mut ones, mut twos) = (one.attach()?.remove(0), two.attach()?.remove(0));
-            stream(&mut ones, &mut twos, 50_000, 64, 256)?;
-            stream(&mut twos, &mut ones, 5_000, 1514, 64)?;
+            exchange(&mut ones, &mut twos, 50_000, 64, 256)?;
+            exchange(&mut twos, &mut ones, 5_000, 1514, 64)?;
             one.detach()?;
             two.detach()?;
             Ok(())

@@ -9,7 +9,7 @@ use ringway::guest::Options;
 use ringway::guest::traffic::{Checker, Flow, station};
 use testkit::require;
 use testkit::skip::cpus;
-use testkit::topology::{BROADCAST, Net, PATIENCE, Station, frame};
+use testkit::topology::{BROADCAST, Net, PATIENCE, Station, exchange, frame};
 
 /// A group address that bridges forward.
 const GROUP: [u8; 6] = [0x01, 0x00, 0x5e, 0, 0, 1];
@@ -404,36 +404,12 @@ fn a_hundred_thousand_frames_keep_order_and_content_around_rings_of_every_size()
         let mut a = net.attach_as("a", kind)?;
         let mut b = net.attach_as("b", kind)?;
         let frames = if size < 64 { 2_000 } else { 100_000 };
-        stream_in_window(&mut a, &mut b, frames, u64::from(size).min(256))
+        let window = u64::from(size).min(256);
+        exchange(&mut a.pairs[0], &mut b.pairs[0], frames, 100, window)
             .map_err(|error| error.context(format!("ring of {size}, packed {packed}")))?;
         net.count_sent(frames);
         net.settle()?;
     }
-    Ok(())
-}
-
-fn stream_in_window(from: &mut Station, to: &mut Station, frames: u64, window: u64) -> Result<()> {
-    let mut flow = Flow::new(1, from.mac(), to.mac(), 100);
-    let mut checker = Checker::new(1, 1, 1);
-    let end = Instant::now() + PATIENCE;
-    while checker.tally().received < frames {
-        let room = (frames - flow.sent()).min(window - (flow.sent() - checker.tally().received));
-        from.pairs[0]
-            .tx
-            .send(room as usize, |slot| flow.write(slot, 1));
-        to.pairs[0].rx.receive(|frame| checker.check(frame, 2));
-        ensure!(
-            Instant::now() < end,
-            "{} sent, found {:?}",
-            flow.sent(),
-            checker.tally()
-        );
-    }
-    let tally = checker.tally();
-    ensure!(
-        tally.missing + tally.corrupted + tally.duplicated + tally.reordered + tally.foreign == 0,
-        "{tally:?}"
-    );
     Ok(())
 }
 

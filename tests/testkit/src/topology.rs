@@ -219,6 +219,41 @@ impl Drop for Net {
     }
 }
 
+/// Sends `frames` frames of `len` bytes from one guest's queue to another's, at most `window` of them on their way. Every one must
+/// come, once, in order and unchanged.
+pub fn exchange(
+    from: &mut QueuePair,
+    to: &mut QueuePair,
+    frames: u64,
+    len: usize,
+    window: u64,
+) -> Result<()> {
+    let mut flow = Flow::new(1, station(1), station(2), len);
+    let mut checker = Checker::new(1, 1, 1);
+    let end = Instant::now() + 3 * PATIENCE;
+    while checker.tally().received < frames {
+        let room = (frames - flow.sent()).min(window - (flow.sent() - checker.tally().received));
+        from.tx.send(room as usize, |slot| flow.write(slot, 1));
+        to.rx.receive(|frame| checker.check(frame, 2));
+        ensure!(
+            Instant::now() < end,
+            "{} sent, found {:?}",
+            flow.sent(),
+            checker.tally()
+        );
+    }
+    let foreign = checker.tally().foreign;
+    ensure!(foreign == 0, "{foreign} frames of others");
+    faultless(&checker, &flow)
+}
+
+fn faultless(checker: &Checker, flow: &Flow) -> Result<()> {
+    let tally = checker.tally();
+    let wrong = tally.missing + tally.corrupted + tally.duplicated + tally.reordered;
+    ensure!(wrong == 0, "{} sent, found {tally:?}", flow.sent());
+    Ok(())
+}
+
 /// Innocent neighbours: a stream of frames between two ports, of which none may be lost whatever other ports do.
 pub struct Stream {
     stop: Arc<AtomicBool>,
@@ -290,10 +325,7 @@ fn stream(mut from: Station, mut to: Station, stop: &AtomicBool, frames: &Atomic
             std::thread::yield_now();
         }
     }
-    let tally = checker.tally();
-    let wrong = tally.missing + tally.corrupted + tally.duplicated + tally.reordered;
-    ensure!(wrong == 0, "{} sent: {tally:?}", flow.sent());
-    Ok(())
+    faultless(&checker, &flow)
 }
 
 /// The CPU of workers in tests: the last one, as the kernel keeps house on the first.
