@@ -26,6 +26,7 @@ use crate::virtio::own_mem::OwnMem;
 use crate::virtio::ring::feature;
 
 pub mod frame;
+mod layout;
 pub mod messages;
 pub mod queue;
 mod session;
@@ -349,7 +350,7 @@ impl Guest {
         let stream = self.source.connection(&self.options)?;
         let link = Link::new(stream, self.options.patience);
         let session = Session::negotiate(&self.options, link)?;
-        let (memory, rings, pairs) = queue::build(&self.options, session.features)?;
+        let (memory, rings, pairs) = layout::build(&self.options, session.features)?;
         session.start(&memory, &rings)?;
         self.attached = Some(Attachment {
             session,

@@ -8,27 +8,15 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, eventfd};
-
 use super::frame::{Frame, Part, Slot};
-use super::session::{RingPlace, readable};
-use super::{GuestError, MemoryKind, Options};
-use crate::virtio::driver::{DriverRing, DriverSetup, Raw, Used};
+use super::layout::{Buffers, DESC};
+use super::session::readable;
+use crate::virtio::driver::{DriverRing, Raw, Used};
 use crate::virtio::net::HEADER_LEN;
-use crate::virtio::own_mem::OwnMem;
-use crate::virtio::ring::{PIECES_MAX, Way, feature, prefetch_read, prefetch_write};
+use crate::virtio::ring::{PIECES_MAX, prefetch_read, prefetch_write};
 
 /// Frames per call.
 pub const BURST: usize = 64;
-/// Where the memory begins for the guest's descriptors. Not where it is mapped: a switch that confuses the two address
-/// spaces must fail with these guests as it would with QEMU's.
-const GUEST_BASE: u64 = 0x1_0000_0000;
-/// The header ends a cache line and the frame begins the next, as in DPDK's mbufs: whoever does not read headers touches
-/// one line less.
-const HEADER_AT: u64 = 64 - HEADER_LEN as u64;
-/// Bytes of a descriptor in an indirect table.
-const DESC: usize = 16;
-
 /// One pair of queues, to be moved to the threads that use them.
 #[derive(Debug)]
 pub struct QueuePair {
@@ -44,53 +32,17 @@ const _: fn() = || {
     can_move::<QueuePair>();
 };
 
-/// The buffers of one ring, as many as it has descriptors.
-#[derive(Debug, Clone, Copy)]
-struct Buffers {
-    /// Guest address of the first.
-    base: u64,
-    /// From one to the next.
-    stride: u64,
-    /// Bytes of a buffer, the virtio-net header included.
-    len: u32,
-}
-
-impl Buffers {
-    /// An odd number of cache lines apart, so that the heads of neighbours fall into different sets of the cache.
-    fn new(base: u64, len: u32) -> Buffers {
-        let lines = (HEADER_AT + u64::from(len)).div_ceil(64);
-        Buffers {
-            base,
-            stride: 64 * (lines | 1),
-            len,
-        }
-    }
-
-    /// Where the header of buffer `index` is for the device.
-    #[inline]
-    fn header(&self, index: u16) -> u64 {
-        self.base + u64::from(index) * self.stride + HEADER_AT
-    }
-
-    /// Which buffer begins there.
-    #[inline]
-    fn index(&self, header: u64) -> u16 {
-        // 32-bit division is a third of the 64-bit one's cost; `Options::check` bounds the memory.
-        (((header - self.base) as u32) / self.stride as u32) as u16
-    }
-}
-
 /// What both kinds of queue have.
-struct Side {
-    ring: DriverRing,
-    buffers: Buffers,
+pub(super) struct Side {
+    pub(super) ring: DriverRing,
+    pub(super) buffers: Buffers,
     /// Longest piece of a buffer; 0: no limit.
-    piece: u32,
+    pub(super) piece: u32,
     /// Guest address of indirect tables, one per buffer; 0: chains.
-    tables: u64,
-    kick: Arc<OwnedFd>,
-    call: Arc<OwnedFd>,
-    kicks: u64,
+    pub(super) tables: u64,
+    pub(super) kick: Arc<OwnedFd>,
+    pub(super) call: Arc<OwnedFd>,
+    pub(super) kicks: u64,
 }
 
 impl Side {
@@ -170,7 +122,7 @@ pub struct Tx {
 }
 
 impl Tx {
-    fn new(side: Side, in_order: bool) -> Tx {
+    pub(super) fn new(side: Side, in_order: bool) -> Tx {
         let size = side.ring.size();
         Tx {
             side,
@@ -199,7 +151,7 @@ impl Tx {
             let index = self.upcoming(ahead);
             let (at, len) = (self.frame(post.0), self.lens[usize::from(index)]);
             let frame_room = self.side.buffers.len as usize - HEADER_LEN;
-            // SAFETY: `build` gave every buffer `len` bytes from its header on, the frame begins at a cache line, and nobody else
+            // SAFETY: `layout::build` gave every buffer `len` bytes from its header on, the frame begins at a cache line, and nobody else
             // writes it: the switch only reads these buffers, and this one is not in flight.
             let mut slot = unsafe { Slot::new(at, frame_room, index, len as usize) };
             let len = fill(&mut slot).min(frame_room);
@@ -269,7 +221,7 @@ impl Tx {
             .ring
             .mem()
             .ptr(header, u64::from(self.side.buffers.len));
-        let at = at.expect("`build` put all buffers into the memory");
+        let at = at.expect("`layout::build` put all buffers into the memory");
         at.as_ptr().wrapping_add(HEADER_LEN)
     }
 
@@ -307,7 +259,7 @@ pub struct Rx {
 }
 
 impl Rx {
-    fn new(side: Side, mergeable: bool) -> Rx {
+    pub(super) fn new(side: Side, mergeable: bool) -> Rx {
         // Room for the buffers of the longest frame (`DriverRing::take_frames`).
         let longest = 65_536 / side.buffers.len as usize + 2;
         let room = if mergeable { longest.max(BURST) } else { BURST };
@@ -436,94 +388,4 @@ impl fmt::Debug for Rx {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Rx: {:?}", self.side)
     }
-}
-
-/// What `build` makes.
-pub(super) type Built = (Arc<OwnMem>, Vec<RingPlace>, Vec<QueuePair>);
-
-/// Lays rings and buffers out in fresh memory. Ring 2·n is pair n's receive ring, 2·n+1 its transmit ring.
-pub(super) fn build(options: &Options, features: u64) -> Result<Built, GuestError> {
-    let size = options.ring_size;
-    let ring_bytes = DriverRing::bytes(size, features).next_multiple_of(4096);
-    let kinds = [
-        (Way::ToGuest, options.receive_buffer),
-        (Way::FromGuest, options.frame_max + HEADER_LEN as u32),
-    ];
-    // Offsets of ring, buffers and tables, for every ring.
-    let (mut plan, mut used) = (Vec::new(), GUEST_BASE);
-    for _ in 0..options.queue_pairs {
-        for (way, len) in kinds {
-            let buffers = Buffers::new(used + ring_bytes, len);
-            let tables = buffers.base + buffers.stride * u64::from(size);
-            plan.push((way, used, buffers, tables));
-            let tables_bytes = match options.piece {
-                0 => 0,
-                _ => (u64::from(size) * (PIECES_MAX * DESC) as u64).next_multiple_of(64),
-            };
-            used = (tables + tables_bytes).next_multiple_of(4096);
-        }
-    }
-    let hugepages = options.memory == MemoryKind::Hugepages;
-    let bytes = used - GUEST_BASE;
-    let mem = OwnMem::new(bytes, GUEST_BASE, hugepages)
-        .map_err(|cause| GuestError::memory(bytes, hugepages, cause))?;
-    let (mut places, mut sides) = (Vec::new(), Vec::new());
-    for (way, at, buffers, tables) in plan {
-        let setup = DriverSetup {
-            mem: mem.clone(),
-            at,
-            size,
-            features,
-            way,
-        };
-        let ring = DriverRing::new(setup)
-            .map_err(|bad| GuestError::Options(format!("a ring of {size}: {bad}")))?;
-        let (side, place) = notified(options, features, (ring, buffers, tables))?;
-        places.push(place);
-        sides.push(side);
-    }
-    let mut sides = sides.into_iter();
-    let pairs = std::iter::from_fn(|| {
-        let (rx, tx) = (sides.next()?, sides.next()?);
-        Some(QueuePair {
-            rx: Rx::new(rx, features & feature::MRG_RXBUF != 0),
-            tx: Tx::new(tx, features & feature::IN_ORDER != 0 && options.piece == 0),
-        })
-    });
-    Ok((mem, places, pairs.collect()))
-}
-
-/// Gives a ring its event descriptors.
-fn notified(
-    options: &Options,
-    features: u64,
-    (ring, buffers, tables): (DriverRing, Buffers, u64),
-) -> Result<(Side, RingPlace), GuestError> {
-    let new = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-    let fd = || match new() {
-        Ok(fd) => Ok(Arc::new(fd)),
-        Err(errno) => Err(GuestError::Eventfd(errno.into())),
-    };
-    let (kick, call) = (fd()?, fd()?);
-    let (desc, avail, used) = ring.addresses();
-    let place = RingPlace {
-        size: ring.size(),
-        base: ring.base(),
-        desc,
-        avail,
-        used,
-        kick: kick.clone(),
-        call: call.clone(),
-    };
-    let indirect = features & feature::INDIRECT_DESC != 0;
-    let side = Side {
-        ring,
-        buffers,
-        piece: options.piece,
-        tables: if indirect { tables } else { 0 },
-        kick,
-        call,
-        kicks: 0,
-    };
-    Ok((side, place))
 }
