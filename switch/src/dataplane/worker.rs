@@ -240,21 +240,23 @@ impl Worker {
         };
 
         // 2. Decide, the whole burst. A flood that would take too long is cut; its frames stay where they are.
-        let floods = way.decide(&burst, rx, &mut self.verdicts);
+        let one = way.one_exit(&burst, rx);
+        let floods = match one {
+            Some(_) => 0,
+            None => way.decide(&burst, rx, &mut self.verdicts),
+        };
         let targets = self.topology.flood(rx.domain);
         let done = within_budget(floods, targets.len(), burst.count());
-        let taken = if done == BURST_MAX {
-            u64::MAX
-        } else {
-            (1 << done) - 1
-        };
+        let taken = u64::MAX >> (BURST_MAX - done);
 
         // 3. Send, once per egress port.
-        let floods = floods & taken;
-        if floods != 0 {
-            way.flood(&burst, rx, floods, targets);
+        match one {
+            Some(port) => way.exit_to(&burst, port, taken),
+            None => {
+                way.flood(&burst, rx, floods & taken, targets);
+                way.send(&burst, rx, taken & !floods, &self.verdicts);
+            }
         }
-        way.send(&burst, rx, taken & !floods, &self.verdicts);
         let bytes = (0..done).map(|i| u64::from(burst.frame_len(i))).sum();
 
         // 4. Give back.
@@ -323,19 +325,30 @@ struct Way<'a> {
 }
 
 impl Way<'_> {
+    /// The port that all frames of the burst go to, if they are between the same two stations: one look-up for all of them.
+    #[inline]
+    fn one_exit(&self, burst: &Burst<'_>, rx: &Source) -> Option<PortId> {
+        let first = burst.heads().first()?;
+        let mut same = true;
+        for (index, head) in burst.heads().iter().enumerate() {
+            same &= eth::same_stations(head, first) & (burst.frame_len(index) >= eth::HEADER_LEN);
+        }
+        if !same {
+            return None;
+        }
+        let verdict = self.look_up(first, rx, self.shared.seconds.load(Relaxed));
+        (verdict < FLOOD).then_some(PortId(verdict as u16))
+    }
+
     /// Gives every frame its verdict; returns which frames are flooded.
     #[inline]
     fn decide(&self, burst: &Burst<'_>, rx: &Source, verdicts: &mut [Verdict; BURST_MAX]) -> u64 {
         let heads = burst.heads();
         let fdb = &self.shared.fdb;
         let now = self.shared.seconds.load(Relaxed);
-        let first = &heads[0];
-        let uniform = heads.iter().all(|head| eth::same_stations(head, first));
-        if !uniform {
-            for head in heads {
-                fdb.prefetch(fdb.hash(Key::new(rx.domain, eth::destination(head))));
-                fdb.prefetch(fdb.hash(Key::new(rx.domain, eth::source(head))));
-            }
+        for head in heads {
+            fdb.prefetch(fdb.hash(Key::new(rx.domain, eth::destination(head))));
+            fdb.prefetch(fdb.hash(Key::new(rx.domain, eth::source(head))));
         }
         let mut floods = 0u64;
         let mut memo: Option<(&Head, Verdict)> = None;
@@ -416,6 +429,9 @@ impl Way<'_> {
     /// Sends the frames in `floods` to every other port of the domain.
     #[cold]
     fn flood(&self, burst: &Burst<'_>, rx: &Source, floods: u64, targets: &[PortId]) {
+        if floods == 0 {
+            return;
+        }
         let mut copies = 0;
         for port in targets.iter().filter(|port| **port != rx.id.port) {
             self.exit_to(burst, *port, floods);
