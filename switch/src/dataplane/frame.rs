@@ -360,23 +360,20 @@ unsafe fn copy_once(from: *const u8, to: *mut u8, len: usize) {
 #[inline]
 unsafe fn copy_short(from: *const u8, to: *mut u8, len: usize) {
     #[inline]
-    unsafe fn both_ends<T: Copy>(from: *const u8, to: *mut u8, len: usize) {
-        let size = size_of::<T>();
-        // SAFETY: the callers below have checked `size <= len <= 2 * size`.
+    unsafe fn both_ends<const SIZE: usize>(from: *const u8, to: *mut u8, len: usize) {
+        // SAFETY: the callers below have checked `SIZE <= len <= 2 * SIZE`.
         unsafe {
-            let front = from.cast::<T>().read_unaligned();
-            let back = from.add(len - size).cast::<T>().read_unaligned();
-            to.cast::<T>().write_unaligned(front);
-            to.add(len - size).cast::<T>().write_unaligned(back);
+            ptr::copy_nonoverlapping(from, to, SIZE);
+            ptr::copy_nonoverlapping(from.add(len - SIZE), to.add(len - SIZE), SIZE);
         }
     }
     // SAFETY: each arm has checked what `both_ends` needs.
     unsafe {
         match len {
-            32.. => both_ends::<[u64; 4]>(from, to, len),
-            16.. => both_ends::<[u64; 2]>(from, to, len),
-            8.. => both_ends::<u64>(from, to, len),
-            4.. => both_ends::<u32>(from, to, len),
+            32.. => both_ends::<32>(from, to, len),
+            16.. => both_ends::<16>(from, to, len),
+            8.. => both_ends::<8>(from, to, len),
+            4.. => both_ends::<4>(from, to, len),
             _ => ptr::copy_nonoverlapping(from, to, len),
         }
     }

@@ -15,11 +15,13 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 use super::guest_mem::{GuestMem, Hit};
 use super::ring::{
     BATCH, BadSetup, BatchFull, Buffer, Buffers, Chain, Desc, Lie, RingSetup, Table, Way, feature,
-    flag, full_fence, one_piece, passed,
+    flag, full_fence, one_piece, passed, prefetch_write,
 };
 
 /// Largest ring: a place must fit into 15 bits (virtio 1.2 §2.8.10.1).
 const SIZE_MAX: u16 = 32768;
+/// Descriptors in a cache line of 64 bytes.
+const DESCS_PER_LINE: usize = 4;
 
 /// Flags of an event suppression area (§2.8.10), in the upper half of its word.
 pub(super) mod event {
@@ -118,6 +120,8 @@ pub struct PackedRing {
     /// Descriptors used since `call_wanted` was last asked; at most a lap.
     since: u16,
     hit: Hit,
+    /// The last fetch found as many buffers as were asked for.
+    plenty: bool,
     /// Ids of the fetched buffers.
     ids: [u16; BATCH],
     /// Descriptors each of them takes in the ring.
@@ -150,6 +154,7 @@ impl PackedRing {
             next,
             since: 0,
             hit: Hit::default(),
+            plenty: false,
             ids: [0; BATCH],
             slots: [0; BATCH],
             mem: setup.mem,
@@ -181,9 +186,13 @@ impl PackedRing {
         };
         buffers.begin();
         let (mut place, mut left) = (self.next, size);
+        let most = most.min(BATCH).min(usize::from(size));
+        if self.way == Way::ToGuest {
+            self.look_ahead(most as u16);
+        }
         // A lap at most: no descriptor is fetched twice. Nothing beyond an available descriptor is prefetched: that would
         // steal the line the driver is writing (168 instead of 102 cycles a frame).
-        for index in 0..most.min(BATCH).min(usize::from(size)) {
+        for index in 0..most {
             // Acquire: pairs with the driver's Release store of the flags (§2.8.16): the descriptor, and all of its chain, is written.
             let flags = self.flags(place).load(Ordering::Acquire);
             // SAFETY: as in `flags`.
@@ -213,7 +222,24 @@ impl PackedRing {
                 return Ok(index + 1);
             }
         }
-        Ok(most.min(BATCH).min(usize::from(size)))
+        self.plenty = true;
+        Ok(most)
+    }
+
+    /// Buffers for reception are there long before they are needed, and the driver writes new ones a lap ahead of us: while there
+    /// are plenty, the descriptors of the batch after this one are taken for writing. In a transmit ring this would steal the
+    /// lines that the driver is writing.
+    #[inline]
+    fn look_ahead(&mut self, most: u16) {
+        const BATCH_SLOTS: u16 = BATCH as u16;
+        if !std::mem::take(&mut self.plenty) || self.table.size < 4 * BATCH_SLOTS {
+            return;
+        }
+        for index in (most..most + BATCH_SLOTS).step_by(DESCS_PER_LINE) {
+            let place = self.next.ahead(index, self.table.size);
+            // SAFETY: `ahead` keeps `index < size`.
+            prefetch_write(unsafe { self.table.at(place.index) });
+        }
     }
 
     /// Walks a chain (§2.8.6), at most `left` descriptors. Returns the buffer, the slots it takes and its id.
