@@ -13,7 +13,7 @@ use ringway::virtio::driver::{DriverRing, DriverSetup, Used};
 use ringway::virtio::guest_mem::{GuestMem, MapOptions, Poison};
 use ringway::virtio::net;
 use ringway::virtio::own_mem::OwnMem;
-use ringway::virtio::ring::{BATCH, Buffers, Ring, RingSetup, Way, feature};
+use ringway::virtio::ring::{AHEAD, BATCH, Buffers, Ring, RingSetup, Way, feature};
 
 /// Descriptors per ring, DPDK's default.
 const SIZE: u16 = 256;
@@ -81,7 +81,15 @@ fn forward(from: &mut Line, to: &mut Line, bufs: &mut (Box<Buffers>, Box<Buffers
     let count = to.device.fetch(&mut bufs.1, count).expect("honest");
     let header = net::header(1);
     let mut written = [0; BATCH];
+    let prefetch = |index: usize| {
+        if index < count {
+            bufs.0.prefetch(index, Way::FromGuest);
+            bufs.1.prefetch(index, Way::ToGuest);
+        }
+    };
+    (0..AHEAD).for_each(prefetch);
     for (index, written) in written.iter_mut().enumerate().take(count) {
+        prefetch(index + AHEAD);
         let (rx, tx) = (bufs.0.buffer(index), bufs.1.buffer(index));
         assert!(rx.fault.is_none() && tx.fault.is_none() && rx.len <= tx.len && rx.len >= 12);
         // SAFETY: both rings checked `len` bytes at `at`; the receiver's are no fewer, and the guests do not overlap.

@@ -9,6 +9,7 @@ use super::own_mem::OwnMem;
 use super::ring::{BATCH, BadSetup, Buffers, Ring, RingSetup, Way, feature};
 
 mod liars;
+mod litmus;
 mod notify;
 
 /// First guest address of every test's memory.
