@@ -232,7 +232,7 @@ impl Switch {
         }
         let rings = self.detach(id); // a session that stops has detached; nothing is left here, unless it failed
         drop(rings);
-        self.shared.fdb.flush(Flush::Port(id));
+        self.shared.fdb.flush(Flush::Gone(id));
         lock(&self.state).leave(id);
         Ok(())
     }
@@ -347,7 +347,7 @@ impl Switch {
         };
         broken.iter().for_each(|session| session.poisoned());
         let now = self.started.0.elapsed().as_secs() as u32 + 1;
-        if self.shared.seconds.swap(now, Relaxed) != now && age > 0 {
+        if self.shared.seconds.swap(now, Relaxed) != now {
             self.shared.fdb.age(now, age);
         }
         true

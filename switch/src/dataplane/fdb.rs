@@ -22,11 +22,9 @@
 #![allow(unsafe_code)]
 
 mod bucket;
-#[cfg(test)]
-mod model;
+mod forget;
 mod place;
-#[cfg(test)]
-mod tests;
+mod station;
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -34,8 +32,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use crossbeam::utils::{Backoff, CachePadded};
 
 use self::bucket::{Bucket, Probe, Record, Seen, probe_both};
-use super::eth::Mac;
-use super::port_set::{Domain, PORTS_MAX, PortId};
+pub use self::station::{FdbStats, Flush, Key, Learned, StaticError, Station};
+use super::port_set::{PORTS_MAX, PortId};
 
 /// The atomics of `bucket`: `model.rs` compiles the same file with loom's.
 mod atomics {
@@ -50,30 +48,6 @@ pub const CAPACITY_MAX: usize = 1_000_000;
 pub const AGE_MAX_SECONDS: u32 = 30_000;
 /// Looks at a bucket that is rewritten under our eyes, before the station counts as unknown. Each costs a writer more than us.
 const LOOKS_MAX: usize = 64;
-
-/// A station's name: its domain and its MAC address.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct Key(u64);
-
-impl Key {
-    /// The name of `mac` in `domain`.
-    #[inline]
-    pub const fn new(domain: Domain, mac: Mac) -> Key {
-        Key((domain.0 as u64) << 48 | mac.bits())
-    }
-
-    /// The domain.
-    #[inline]
-    pub const fn domain(self) -> Domain {
-        Domain((self.0 >> 48) as u16)
-    }
-
-    /// The address.
-    #[inline]
-    pub const fn mac(self) -> Mac {
-        Mac::from_bits(self.0)
-    }
-}
 
 /// Where a key is to be found; valid for the table that made it.
 #[derive(Clone, Copy, Debug)]
@@ -126,80 +100,6 @@ impl Default for FdbSettings {
             key: HashKey::random(),
         }
     }
-}
-
-/// Where a station is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Station {
-    /// Behind this port,
-    pub port: PortId,
-    /// if the port's owner is still this one.
-    pub generation: u16,
-    /// Set by the operator. While a known station is being made static, old and new may be mixed in this flag alone.
-    pub is_static: bool,
-}
-
-/// What became of a source address.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Learned {
-    /// Nothing new.
-    Known,
-    /// Known; heard for the first time in this second.
-    Refreshed,
-    /// A new station, or one that was known from an earlier owner of a port number.
-    New,
-    /// It was behind another port until now.
-    Moved,
-    /// It is static, and not here.
-    Static,
-    /// No place that this port may take; or not the address of a station.
-    Full,
-    /// Another worker is changing the bucket: not learnt this time.
-    Busy,
-}
-
-/// Why a static station was refused.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum StaticError {
-    /// Zero or a group address.
-    #[error("no station has a zero or multicast address")]
-    NotAStation,
-    /// Beyond `ports_max`.
-    #[error("no such port number")]
-    NoSuchPort,
-    /// Only static and reserved stations where it belongs.
-    #[error("the forwarding database is full of static stations; raise its capacity")]
-    Full,
-}
-
-/// Which stations to forget. Static ones stay, unless their port is gone.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Flush {
-    /// All that were learnt.
-    All,
-    /// Those learnt from a port.
-    Port(PortId),
-    /// Those learnt in a domain.
-    Domain(Domain),
-    /// All of a port that is gone, static ones too.
-    Gone(PortId),
-}
-
-/// How often what has happened since the start, and what is fixed now.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct FdbStats {
-    /// New stations.
-    pub learned: u64,
-    /// Stations that changed their port.
-    pub moved: u64,
-    /// Stations that made place for others.
-    pub evicted: u64,
-    /// Stations that found no place.
-    pub refused: u64,
-    /// Stations not heard for too long.
-    pub aged: u64,
-    /// Static stations in the table now.
-    pub fixed: u64,
 }
 
 /// The table.
@@ -334,44 +234,6 @@ impl Fdb {
         }
     }
 
-    /// Forgets a station, static or not; false if it was unknown.
-    pub fn remove(&self, key: Key) -> bool {
-        let hash = self.hash(key);
-        [self.home(hash), self.away(hash)]
-            .into_iter()
-            .any(|index| self.forget_in(index, &mut |record| record.key == key.0) > 0)
-    }
-
-    /// Forgets stations; returns how many. A worker that still has the port attached learns them anew.
-    pub fn flush(&self, what: Flush) -> usize {
-        self.sweep(|record| match what {
-            Flush::All => !record.is_static,
-            Flush::Port(port) => !record.is_static && record.port() == port.0,
-            Flush::Domain(domain) => !record.is_static && Key(record.key).domain() == domain,
-            Flush::Gone(port) => record.port() == port.0,
-        })
-    }
-
-    /// Forgets learnt stations that were not heard for `max_age_seconds` (0: none; at most [`AGE_MAX_SECONDS`]); returns
-    /// how many. To be called at least once per half hour, for the clock has 16 bits.
-    pub fn age(&self, now: u32, max_age_seconds: u32) -> usize {
-        self.max_age
-            .store(max_age_seconds.min(AGE_MAX_SECONDS), Relaxed);
-        let oldest = (now as u16).wrapping_sub(AGE_MAX_SECONDS as u16);
-        for bucket in &self.buckets {
-            for (slot, record) in bucket.glance().into_iter().enumerate() {
-                if record
-                    .is_some_and(|record| u32::from(age_of(record.stamp, now)) > AGE_MAX_SECONDS)
-                {
-                    bucket.touch(slot, oldest);
-                }
-            }
-        }
-        let aged = self.sweep(|record| self.has_expired(record, now));
-        self.load.aged.fetch_add(aged as u64, Relaxed);
-        aged
-    }
-
     /// Shows every station with the seconds since it was heard (0 for static ones). What comes, goes or moves meanwhile
     /// may be missing or appear twice.
     pub fn for_each(&self, now: u32, mut show: impl FnMut(Key, Station, u32)) {
@@ -458,7 +320,8 @@ impl Fdb {
     #[cold]
     #[inline(never)]
     fn learn_news(&self, key: Key, hash: Hash, station: u32, now: u32) -> Learned {
-        if let Some((bucket, seen)) = self.look_again(key, hash)
+        let seen = self.look_again(key, hash);
+        if let Some((bucket, seen)) = seen
             && seen.station == station
         {
             return refresh(bucket, seen.slot, now);
@@ -474,7 +337,8 @@ impl Fdb {
         if !known_port || key.mac().is_zero() || key.mac().is_multicast() {
             return Learned::Full;
         }
-        if self.is_hopeless(&new, now) {
+        // A station that moves needs no place.
+        if seen.is_none() && self.is_hopeless(&new, now) {
             return self.refuse();
         }
         self.settle(new, now)
@@ -513,3 +377,8 @@ fn prefetch(bucket: &Bucket) {
     #[cfg(not(target_arch = "x86_64"))]
     let _ = bucket;
 }
+
+#[cfg(test)]
+mod model;
+#[cfg(test)]
+mod tests;

@@ -249,7 +249,8 @@ impl Claim<'_> {
         self.spilled() < u16::MAX
     }
 
-    /// Counts a station that has its home here and moves to its second bucket; before it is written there.
+    /// Counts a station that has its home here and goes to its second bucket; before it is written there, for whoever removes it
+    /// there counts down.
     pub(super) fn spill(&self) {
         // Relaxed: readers get it with the head they take anyway, our next Release covers it.
         self.bucket.head.fetch_add(SPILLED, Relaxed);

@@ -1,7 +1,7 @@
 //! Loom runs the bucket's code through every order in which a reader and a writer can meet, weak memory included.
 //!
 //! Part of `cargo test`. Each of these alone makes a model fail: no Release fence in `Claim::put` or `relocate`, no Acquire
-//! fence in `probe`, a Relaxed head in `probe`, `claim`, `hide` or `Claim::drop`, a slot written without `hide`, no `spill` in `push_on`.
+//! fence in `probe`, a Relaxed head in `probe`, `claim`, `hide` or `Claim::drop`, a slot written or cleared without `hide`, no `spill` in `push_on`.
 
 use loom::sync::Arc;
 use loom::thread;
@@ -79,18 +79,19 @@ fn a_reader_never_gets_the_place_of_the_station_that_was_or_comes() {
 fn a_slot_that_is_emptied_filled_and_moved_gives_each_station_its_own_place() {
     explore(|| {
         let bucket = Arc::new(Bucket::default());
-        put(&bucket, 0, record(1, 0));
+        put(&bucket, 3, record(1, 0));
         let writer = {
             let bucket = Arc::clone(&bucket);
             thread::spawn(move || {
-                bucket.claim().expect("one writer").clear(0);
-                put(&bucket, 0, record(2, 0));
+                bucket.claim().expect("one writer").clear(3);
+                put(&bucket, 3, record(2, 0));
                 bucket
                     .claim()
                     .expect("one writer")
-                    .relocate(0, record(2, 1).station, 0);
+                    .relocate(3, record(2, 1).station, 0);
             })
         };
+        let _ = place(&bucket, 0); // the key of an empty slot
         let _ = place(&bucket, 1);
         writer.join().unwrap();
         assert_eq!(

@@ -3,8 +3,6 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use crossbeam::utils::Backoff;
-
 use super::bucket::{Claim, Record, SLOTS};
 use super::{Fdb, Key, Learned, age_of, count};
 
@@ -259,55 +257,6 @@ impl Fdb {
         Learned::Full
     }
 
-    /// Forgets stations of one bucket; returns how many.
-    pub(super) fn forget_in(
-        &self,
-        index: usize,
-        doomed: &mut impl FnMut(&Record) -> bool,
-    ) -> usize {
-        let bucket = &self.buckets[index];
-        if !bucket.glance().iter().flatten().any(&mut *doomed) {
-            return 0;
-        }
-        let backoff = Backoff::new();
-        let mut claim = loop {
-            match bucket.claim() {
-                Some(claim) => break claim,
-                None => backoff.snooze(),
-            }
-        };
-        let mut gone = 0;
-        for slot in 0..SLOTS {
-            if let Some(record) = claim.record(slot).filter(&mut *doomed) {
-                claim.clear(slot);
-                self.has_left(&claim, &record);
-                gone += 1;
-            }
-        }
-        self.load.len.fetch_sub(gone, Relaxed);
-        gone
-    }
-
-    /// Forgets stations everywhere; again if stations were pushed from bucket to bucket meanwhile, as often as makes sense.
-    pub(super) fn sweep(&self, mut doomed: impl FnMut(&Record) -> bool) -> usize {
-        let mut gone = 0;
-        for _ in 0..3 {
-            let pushed = self.load.pushed.load(Relaxed);
-            gone += (0..self.buckets.len())
-                .map(|index| self.forget_in(index, &mut doomed))
-                .sum::<usize>();
-            if pushed == self.load.pushed.load(Relaxed) {
-                break;
-            }
-        }
-        gone
-    }
-
-    pub(super) fn has_expired(&self, record: &Record, now: u32) -> bool {
-        let max_age = self.max_age.load(Relaxed);
-        !record.is_static && max_age > 0 && u32::from(age_of(record.stamp, now)) >= max_age
-    }
-
     /// Takes a place in the count, if there is one.
     fn admit(&self) -> bool {
         let full = |len| len >= self.capacity;
@@ -336,7 +285,7 @@ impl Fdb {
     }
 
     /// Accounts for a station that is cleared or written over in a bucket we have claimed.
-    fn has_left(&self, claim: &Claim<'_>, record: &Record) {
+    pub(super) fn has_left(&self, claim: &Claim<'_>, record: &Record) {
         self.leave(record);
         let home = &self.buckets[self.home(self.hash(Key(record.key)))];
         if !claim.is_of(home) {

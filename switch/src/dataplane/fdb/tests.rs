@@ -5,6 +5,8 @@ use proptest::prelude::*;
 
 use super::bucket::SLOTS;
 use super::*;
+use crate::dataplane::eth::Mac;
+use crate::dataplane::port_set::Domain;
 
 const BLUE: PortId = PortId(0);
 const RED: PortId = PortId(1);
@@ -271,6 +273,22 @@ fn a_port_below_its_reserved_share_is_let_into_a_table_full_of_somebody_elses() 
     assert!((0..15 * 64).all(|n| fdb.find(key(n)).is_some()));
     assert!(fdb.len() <= 4096 + 64, "{}", fdb.len());
     fdb.assert_consistent();
+}
+
+#[test]
+fn a_station_can_move_to_a_port_that_has_flooded_the_table() {
+    let fdb = Fdb::new(settings(4096));
+    fdb.hear(key(1), RED, 0);
+    for n in 0..100_000 {
+        fdb.hear(key(n + 1_000_000), BLUE, 0);
+    }
+    assert_eq!(
+        fdb.hear(key(2), BLUE, 0),
+        Learned::Full,
+        "the table is full"
+    );
+    assert_eq!(fdb.hear(key(1), BLUE, 0), Learned::Moved);
+    assert_eq!(fdb.find(key(1)), Some(BLUE));
 }
 
 #[test]
