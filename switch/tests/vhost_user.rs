@@ -251,13 +251,12 @@ fn takes_qemu_which_enables_rings_before_it_has_features() {
     guest.tell(req::SET_FEATURES, offered & !(1 << 34));
     assert_eq!(guest.ask(req::GET_STATUS), 0);
     guest.tell(req::SET_STATUS, 8);
-    guest.send(
-        req::ADD_MEM_REG,
-        NEED_REPLY,
-        &memory.single(),
-        &[memory.file.as_fd()],
-    );
-    assert_eq!(guest.answer_u64(req::ADD_MEM_REG), 0);
+    for _ in 0..2 {
+        // Once per queue pair.
+        let (region, file) = (memory.single(), memory.file.as_fd());
+        guest.send(req::ADD_MEM_REG, NEED_REPLY, &region, &[file]);
+        assert_eq!(guest.answer_u64(req::ADD_MEM_REG), 0);
+    }
     for index in 0..2 {
         guest.ring(req::SET_VRING_NUM, index, 256);
         guest.ring(req::SET_VRING_BASE, index, 0);
@@ -280,8 +279,10 @@ fn takes_qemu_which_enables_rings_before_it_has_features() {
     guest.tell(req::SET_STATUS, 0);
     assert_eq!(guest.ask_base(0), 9);
     assert_eq!(port.switch.attached().1, 0);
-    guest.send(req::REM_MEM_REG, NEED_REPLY, &memory.single(), &[]);
-    assert_eq!(guest.answer_u64(req::REM_MEM_REG), 0);
+    for _ in 0..2 {
+        guest.send(req::REM_MEM_REG, NEED_REPLY, &memory.single(), &[]);
+        assert_eq!(guest.answer_u64(req::REM_MEM_REG), 0);
+    }
     port.switch
         .wait("no memory", |report| report.memory.is_empty());
 }
@@ -819,6 +820,41 @@ fn sends_others_away_while_a_guest_is_there() {
     assert!(others.iter_mut().all(|other| other.hung_up_within(SOON)));
     guest.sync();
     assert_eq!(port.switch.attached().1, 2);
+}
+
+/// The child of the next test: it connects, hands the connection to its parent, and is dead.
+#[test]
+fn child_that_connects_and_dies() {
+    let Ok(paths) = std::env::var("RINGWAY_TEST_CHILD") else {
+        return;
+    };
+    let (socket, parent) = paths.split_once(' ').unwrap();
+    let connection = UnixStream::connect(socket).unwrap();
+    let parent = Frontend::new(UnixStream::connect(parent).unwrap());
+    parent.raw(&[1], &[connection.as_fd()]).unwrap();
+    std::process::exit(0);
+}
+
+#[test]
+fn lets_the_newest_in_if_the_process_that_connected_is_dead() {
+    let port = Port::server();
+    let path = port.dir.path().join("parent");
+    let listener = UnixListener::bind(&path).unwrap();
+    let paths = format!("{} {}", port.spec.socket.display(), path.display());
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    let child = child.args(["--exact", "child_that_connects_and_dies"]);
+    let mut child = child.env("RINGWAY_TEST_CHILD", paths).spawn().unwrap();
+    let (parent, _) = listener.accept().unwrap();
+    let pid = child.id() as i32;
+    port.switch.wait("the child", |report| {
+        report.peer.is_some_and(|peer| peer.pid == pid)
+    });
+    child.wait().unwrap();
+    // The connection is still open: its other end is on its way to us.
+    let (mut guest, memory) = (port.connect(), Memory::dpdk());
+    dpdk_start(&mut guest, &memory, 1, DPDK_SPLIT);
+    port.switch.wait_state(PortState::Forwarding);
+    drop(parent);
 }
 
 #[test]

@@ -9,9 +9,9 @@
 //!
 //! | way | ns | |
 //! |---|---|---|
-//! | `write(2)` | 300 | blocks |
+//! | `write(2)` | 210–300 | blocks |
 //! | io_uring, NOP with a registered eventfd | 550–620 | a ring per eventfd: a descriptor and two mappings each; forbidden by Docker's default seccomp profile |
-//! | AIO, nothing to `/dev/null` | 760–870 | one context per process, no further descriptors; allowed by that profile |
+//! | AIO, nothing to `/dev/null` | 760 | one context per process, no further descriptors; allowed by that profile |
 //!
 //! The 0.2 µs are not worth the second mechanism: a polling guest asks for no calls at all, and one that sleeps asks for some ten thousand a second at most.
 #![allow(unsafe_code)] // three system calls that no crate wraps, and the completion ring they share with us
