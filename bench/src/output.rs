@@ -325,8 +325,8 @@ fn notes(report: &Report) -> Vec<String> {
             host.system
         ),
         format!(
-            "switch on CPU {}, client on CPU {}, all else on CPU {}",
-            report.cpus[0], report.cpus[1], report.cpus[2]
+            "switch on CPU {}, client on CPU {}, all else on CPU {}, nice {}",
+            report.cpus[0], report.cpus[1], report.cpus[2], report.nice
         ),
         format!(
             "{} rounds of {} s per switch and row; {}",
@@ -450,6 +450,7 @@ mod tests {
             started: 0,
             host: Host::look(2.6e9),
             cpus: [0, 1, 0],
+            nice: 0,
             rounds: 1,
             seconds: 2.0,
             complete: true,
