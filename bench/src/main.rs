@@ -11,6 +11,8 @@ mod process;
 mod rows;
 mod sample;
 mod sentinel;
+mod summary;
+mod visits;
 mod watch;
 
 use std::process::ExitCode;

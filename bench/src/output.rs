@@ -3,121 +3,13 @@
 use std::fmt::Write;
 
 use comfy_table::{CellAlignment, Table, presets};
-use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::compare::Report;
 use crate::rows::{ROWS, Row};
 use crate::sample::Sample;
-use crate::sentinel::{Placement, median};
-
-/// Several samples of one thing.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-struct Spread {
-    median: f64,
-    min: f64,
-    max: f64,
-    n: usize,
-}
-
-impl Spread {
-    fn of(values: impl Iterator<Item = f64>) -> Option<Self> {
-        let mut values: Vec<_> = values.collect();
-        let median = median(&mut values)?;
-        Some(Self {
-            median,
-            min: values[0],
-            max: values[values.len() - 1],
-            n: values.len(),
-        })
-    }
-
-    /// `15.8 [15.6–16.0] n=2`
-    fn show(&self, unit: &str) -> String {
-        format!(
-            "{}{unit} [{}–{}] n={}",
-            digits(self.median),
-            digits(self.min),
-            digits(self.max),
-            self.n
-        )
-    }
-}
-
-/// Three digits, as many as these measurements carry.
-fn digits(value: f64) -> String {
-    match value.abs() {
-        large if large >= 99.95 => format!("{value:.0}"),
-        middle if middle >= 9.995 => format!("{value:.1}"),
-        _ => format!("{value:.2}"),
-    }
-}
-
-/// All that is known of a row on a switch in a placement.
-#[derive(Clone, Copy, Debug, Serialize)]
-struct Cell {
-    row: &'static str,
-    peer: &'static str,
-    placement: Placement,
-    mpps: Spread,
-    /// Time of one hop, where one frame per port is in flight.
-    hop_us: Option<Spread>,
-    switch_cycles: Option<Spread>,
-    switch_busy: Option<Spread>,
-    client_cycles: Option<Spread>,
-    client_busy: Option<Spread>,
-}
-
-fn cells(samples: &[Sample]) -> Vec<Cell> {
-    let mut cells = Vec::new();
-    for placement in [Placement::Near, Placement::Far] {
-        for row in &ROWS {
-            for peer in peers(samples) {
-                let usable = |sample: &&Sample| {
-                    (sample.row, sample.peer, sample.placement) == (row.name, peer, placement)
-                        && sample.discarded.is_none()
-                };
-                let samples: Vec<_> = samples.iter().filter(usable).collect();
-                let spread = |value: fn(&Sample) -> Option<f64>| {
-                    Spread::of(samples.iter().filter_map(|sample| value(sample)))
-                };
-                let Some(mpps) = spread(|sample| Some(sample.seen.mpps)) else {
-                    continue;
-                };
-                cells.push(Cell {
-                    row: row.name,
-                    peer,
-                    placement,
-                    mpps,
-                    // Two frames circulate, so a frame takes 2 / rate from one client port to the other.
-                    hop_us: row
-                        .traffic
-                        .is_hop()
-                        .then(|| spread(|sample| Some(2.0 / sample.seen.mpps)))
-                        .flatten(),
-                    switch_cycles: spread(|sample| sample.seen.switch_cycles),
-                    switch_busy: spread(|sample| sample.seen.switch_busy),
-                    client_cycles: spread(|sample| sample.seen.client_cycles),
-                    client_busy: spread(|sample| sample.seen.client_busy),
-                });
-            }
-        }
-    }
-    cells
-}
-
-/// The switches in the order of their first sample.
-fn peers(samples: &[Sample]) -> Vec<&'static str> {
-    let mut peers = Vec::new();
-    for sample in samples {
-        if !peers.contains(&sample.peer) {
-            peers.push(sample.peer);
-        }
-    }
-    // The one that the others are compared with stands first, whatever round it came in.
-    peers.sort_by_key(|&peer| peer != "ringway");
-    peers
-}
+use crate::sentinel::Placement;
+use crate::summary::{Cell, Spread, cells, digits, peers};
 
 /// One table, still without a form.
 struct Grid {
@@ -417,31 +309,7 @@ mod tests {
     use super::*;
     use crate::compare::Version;
     use crate::host::Host;
-    use crate::sample::Seen;
-
-    fn sample(row: &'static str, peer: &'static str, mpps: f64, placement: Placement) -> Sample {
-        Sample {
-            row,
-            peer,
-            round: 1,
-            attempt: 1,
-            placement,
-            discarded: (placement == Placement::Mixed)
-                .then(|| "the placement changed or is unclear".to_owned()),
-            before_ns: 80.0,
-            after_ns: 81.0,
-            clock_ghz: [4.3, 4.3],
-            seen: Seen {
-                mpps,
-                switch_cycles: Some(40.0),
-                switch_busy: Some(0.5),
-                client_cycles: Some(57.0),
-                client_busy: Some(0.98),
-                in_flight: Some(1024),
-                ..Seen::default()
-            },
-        }
-    }
+    use crate::summary::tests::sample;
 
     fn report(samples: Vec<Sample>) -> Report {
         Report {
@@ -466,30 +334,6 @@ mod tests {
     }
 
     #[test]
-    fn a_cell_is_the_median_with_its_spread_and_count() {
-        let rates = [15.6, 16.0, 15.8].map(|mpps| sample("split64", "ovs", mpps, Placement::Near));
-        assert_eq!(cells(&rates)[0].mpps.show(""), "15.8 [15.6–16.0] n=3");
-    }
-
-    #[test]
-    fn near_and_far_are_never_mixed_and_discarded_samples_do_not_count() {
-        let samples = [
-            sample("split64", "ovs", 16.0, Placement::Near),
-            sample("split64", "ovs", 11.0, Placement::Far),
-            sample("split64", "ovs", 13.0, Placement::Mixed),
-        ];
-        let cells = cells(&samples);
-        let rates: Vec<_> = cells
-            .iter()
-            .map(|cell| (cell.placement, cell.mpps.median, cell.mpps.n))
-            .collect();
-        assert_eq!(
-            rates,
-            [(Placement::Near, 16.0, 1), (Placement::Far, 11.0, 1)]
-        );
-    }
-
-    #[test]
     fn ratios_compare_ringway_with_each_other_switch() {
         let report = report(vec![
             sample("split64", "ovs", 16.0, Placement::Near),
@@ -503,15 +347,6 @@ mod tests {
         assert!(text.contains("| 2.50 |"), "{text}");
         assert!(text.contains("40.0 (50 %) + 57.0 (98 %)"), "{text}");
         assert!(text.contains("left out: VPP: no such file"), "{text}");
-    }
-
-    #[test]
-    fn one_frame_in_flight_is_shown_as_the_time_of_a_hop() {
-        let cells = cells(&[sample("hop", "ovs", 3.6, Placement::Near)]);
-        assert_eq!(
-            cells[0].hop_us.unwrap().show(" µs"),
-            "0.56 µs [0.56–0.56] n=1"
-        );
     }
 
     #[test]
@@ -546,14 +381,6 @@ mod tests {
         assert!(
             text.contains("ovs lost frames in split64: 300 of 1024 were left in the circle"),
             "{text}"
-        );
-    }
-
-    #[test]
-    fn numbers_carry_three_digits() {
-        assert_eq!(
-            ["0.78", "9.99", "10.0", "99.9", "100"],
-            [0.78, 9.99, 9.996, 99.91, 99.96].map(digits)[..]
         );
     }
 }
