@@ -189,7 +189,7 @@ impl Switch {
             }
             Action::AddPort(spec) => self.start_port(spec)?,
             Action::SetFdbAge(age) => lock(&self.state).age = *age,
-            Action::SetFdbReserved(_) => {}
+            Action::SetFdbReserved(stations) => self.shared.fdb.set_reserved(*stations),
             Action::SetIdle(idle) => {
                 for worker in &self.workers {
                     worker.mailbox.idle(when_idle(*idle)).map_err(failed)?;
