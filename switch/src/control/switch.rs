@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::api::Refusal;
 use super::config::Config;
@@ -102,6 +103,7 @@ impl Switch {
     /// Starts workers on `cpus` and the ports of `config`; all or nothing.
     pub fn start(config: Config, cpus: &[usize]) -> Result<Arc<Switch>> {
         crate::virtio::guest_fault::install();
+        raise_open_files();
         let fdb = Fdb::new(FdbSettings {
             capacity: config.fdb.capacity as usize,
             reserved_per_port: config.fdb.reserved,
@@ -524,6 +526,21 @@ fn spawn_worker(
         counters,
         thread: Mutex::new(Some(thread)),
     })
+}
+
+/// A port takes some 12 descriptors, so the usual soft limit of 1024 ends at about 80 ports: up to the hard one, then.
+fn raise_open_files() {
+    let now = getrlimit(Resource::Nofile);
+    let wanted = Rlimit {
+        current: now.maximum,
+        ..now
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, wanted) {
+        log::warn!(
+            "the limit of open files stays at {:?}: {error}",
+            now.current
+        );
+    }
 }
 
 fn spawn_watch(switch: &Arc<Switch>) -> Result<JoinHandle<()>> {
