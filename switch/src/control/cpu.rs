@@ -118,10 +118,11 @@ impl HostCpus {
         self.nodes.iter().position(|node| node.contains(&cpu))
     }
 
-    /// CPUs for everything that is not a worker; all that are allowed if the workers take every one.
+    /// CPUs for everything that is not a worker; all that are allowed if the workers take every one. Somebody who started
+    /// the process on some CPUs only (`taskset`) wants no other thread of it elsewhere.
     pub fn housekeeping(&self, workers: &[usize]) -> BTreeSet<usize> {
-        let rest: BTreeSet<usize> = self
-            .allowed
+        let mine = self.candidates();
+        let rest: BTreeSet<usize> = mine
             .iter()
             .copied()
             .filter(|cpu| !workers.contains(cpu))
@@ -130,7 +131,7 @@ impl HostCpus {
         [quiet, rest]
             .into_iter()
             .find(|set| !set.is_empty())
-            .unwrap_or_else(|| self.allowed.clone())
+            .unwrap_or(mine)
     }
 
     /// What a default choice may take. A process starts outside isolated CPUs, so these count as its own; a narrower
@@ -292,6 +293,8 @@ mod tests {
         ]);
         let host = HostCpus::read(root.path());
         assert_eq!(host.choose(4), [2]);
+        assert_eq!(host.housekeeping(&[2]), set(&[2]));
+        assert_eq!(host.housekeeping(&[3]), set(&[2]));
         assert_eq!(
             host.check(&[5]),
             Err("names CPU 5, but the cgroup cpuset allows CPUs 1, 2, 3 only: name some of those, or widen the cpuset".into())
