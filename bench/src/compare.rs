@@ -13,7 +13,7 @@ use crate::host::Host;
 use crate::interrupt::Interrupted;
 use crate::output;
 use crate::peers::{self, Peer};
-use crate::process::{find, pin};
+use crate::process::{Priority, find, pin};
 use crate::rows;
 use crate::sample::{Rig, Sample, Wanted};
 use crate::sentinel::tsc_hz;
@@ -136,6 +136,7 @@ pub(crate) fn run(options: &Compare) -> Result<()> {
         .prefix("rwb")
         .tempdir()
         .context("a directory for sockets")?;
+    let priority = Priority::raise(options.nice);
     let rig = rig(options, rig_directory.path())?;
     let (peers, left_out) = available(options)?;
     let mut report = Report {
@@ -147,7 +148,7 @@ pub(crate) fn run(options: &Compare) -> Result<()> {
             .as_secs(),
         host: Host::look(rig.tsc_hz),
         cpus: [rig.cpus.switch, rig.cpus.client, rig.cpus.control],
-        nice: rig.nice,
+        nice: priority.nice(),
         rounds: options.rounds,
         seconds: options.seconds,
         complete: true,
@@ -211,11 +212,6 @@ fn rig(options: &Compare, directory: &Path) -> Result<Rig> {
     if control == client {
         bail!("--control-cpu: CPU {client} is the client's");
     }
-    // Children inherit it. Without the right to do so the samples show whether it would have been needed.
-    let nice = match rustix::process::setpriority_process(None, options.nice) {
-        Ok(()) => options.nice,
-        Err(_) => 0,
-    };
     for cpu in [switch, client, control] {
         pin(&[cpu]).with_context(|| format!("CPU {cpu}: cannot be used"))?;
     }
@@ -229,7 +225,6 @@ fn rig(options: &Compare, directory: &Path) -> Result<Rig> {
         wanted: options.placement,
         directory: directory.to_owned(),
         tsc_hz: tsc_hz(),
-        nice,
         attempts: options.attempts,
         patience: Duration::from_secs_f64(options.patience),
         preempted_max: options.preemptions_max,

@@ -3,13 +3,12 @@
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, getpriority_process, kill_process, setpriority_process};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// Pins the calling thread (and what it starts from now on) to these CPUs.
@@ -24,15 +23,64 @@ pub(crate) fn pin(cpus: &[usize]) -> Result<()> {
     sched_setaffinity(None, &set).with_context(|| format!("pinning to CPU {cpus:?}"))
 }
 
-/// The command that runs `program` so that the kernel ends it should the harness die without a word, in a process
-/// group of its own so that Ctrl-C in the terminal reaches the harness alone.
+/// The command that runs `program` so that the kernel ends it should the harness die without a word, in a session of
+/// its own: Ctrl-C in the terminal reaches the harness alone, and the scheduler weighs it by itself.
 pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("setpriv");
     command
-        .args(["--pdeathsig", "KILL", "--"])
-        .arg(program)
-        .process_group(0);
+        .args(["--pdeathsig", "KILL", "--", "setsid"])
+        .arg(program);
     command
+}
+
+/// Raises the harness, and what it starts from now on, above the other tasks of the machine while it lives.
+pub(crate) struct Priority {
+    nice: i32,
+}
+
+impl Priority {
+    /// Without the right to do so nothing changes.
+    pub(crate) fn raise(nice: i32) -> Self {
+        let nice = setpriority_process(None, nice).map_or(0, |()| nice);
+        weigh("self", nice);
+        Self { nice }
+    }
+
+    /// What it came to.
+    pub(crate) fn nice(&self) -> i32 {
+        self.nice
+    }
+}
+
+impl Drop for Priority {
+    fn drop(&mut self) {
+        weigh("self", 0); // the group is that of the user's shell too
+    }
+}
+
+/// Where the kernel groups tasks by session (`sched_autogroup`), nice counts within a session only: a build in another
+/// terminal takes half a core however nice it is. The session's own weight is what counts.
+fn weigh(pid: &str, nice: i32) {
+    let _ = fs::write(format!("/proc/{pid}/autogroup"), nice.to_string());
+}
+
+/// Gives a child's session, once it has one, the weight of the own priority.
+fn weigh_child(pid: u32) {
+    let group = |pid: &str| {
+        let text = fs::read_to_string(format!("/proc/{pid}/autogroup")).ok()?;
+        text.split_whitespace().next().map(str::to_owned)
+    };
+    let (Some(own), Ok(nice)) = (group("self"), getpriority_process(None)) else {
+        return;
+    };
+    let pid = pid.to_string();
+    for _ in 0..100 {
+        if group(&pid).is_none_or(|of_child| of_child != own) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    weigh(&pid, nice);
 }
 
 /// Where a program is, if it is there: a path as given, a name in `PATH` or among the places for daemons.
@@ -64,9 +112,11 @@ impl Proc {
             .spawn()
             .with_context(|| format!("{name}: cannot be started"));
         sched_setaffinity(None, &own).context("going back to the own CPUs")?;
+        let child = child?;
+        weigh_child(child.id());
         Ok(Self {
             name: name.to_owned(),
-            child: child?,
+            child,
         })
     }
 

@@ -59,8 +59,6 @@ pub(crate) struct Rig {
     pub(crate) directory: PathBuf,
     /// Cycles per second of the time stamp counter.
     pub(crate) tsc_hz: f64,
-    /// The priority that everything runs at.
-    pub(crate) nice: i32,
     /// Attempts until a clean sample of the wanted placement.
     pub(crate) attempts: u32,
     /// How long to wait for the wanted placement before an attempt.
