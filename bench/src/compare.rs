@@ -54,10 +54,10 @@ pub(crate) struct Compare {
     /// How many seconds to wait for that placement before each attempt
     #[arg(long, value_name = "SECONDS", default_value_t = 2.5, value_parser = seconds)]
     patience: f64,
-    /// Discard a sample whose switch or client was preempted more often per second; raise it where short tasks run all
-    /// the time (less than 95.5 % of a CPU discards it anyway)
-    #[arg(long, value_name = "NUMBER", default_value_t = 60.0)]
-    preemptions_max: f64,
+    /// Discard a sample whose switch or client was preempted more often per second [default: 500 with raised priority,
+    /// otherwise 60]
+    #[arg(long, value_name = "NUMBER")]
+    preemptions_max: Option<f64>,
     /// The priority of switches, client and sentinel (as root): other tasks of the machine take about 1 % of a core from
     /// them at -20, half of it at 0
     #[arg(long, default_value_t = -20, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-20..=0))]
@@ -137,7 +137,7 @@ pub(crate) fn run(options: &Compare) -> Result<()> {
         .tempdir()
         .context("a directory for sockets")?;
     let priority = Priority::raise(options.nice);
-    let rig = rig(options, rig_directory.path())?;
+    let rig = rig(options, &priority, rig_directory.path())?;
     let (peers, left_out) = available(options)?;
     let mut report = Report {
         version: env!("CARGO_PKG_VERSION"),
@@ -197,7 +197,7 @@ fn finish(options: &Compare, report: &Report) -> Result<()> {
     Ok(())
 }
 
-fn rig(options: &Compare, directory: &Path) -> Result<Rig> {
+fn rig(options: &Compare, priority: &Priority, directory: &Path) -> Result<Rig> {
     if find(TESTPMD).is_none() {
         bail!("the client: {TESTPMD_MISSING}");
     }
@@ -227,8 +227,16 @@ fn rig(options: &Compare, directory: &Path) -> Result<Rig> {
         tsc_hz: tsc_hz(),
         attempts: options.attempts,
         patience: Duration::from_secs_f64(options.patience),
-        preempted_max: options.preemptions_max,
+        preempted_max: options
+            .preemptions_max
+            .unwrap_or_else(|| preemptions_max(priority)),
     })
+}
+
+/// With raised priority a preemption is a matter of microseconds: samples with 120 to 380 of them a second agreed
+/// within 4 %. Otherwise each may last a scheduling slice.
+fn preemptions_max(priority: &Priority) -> f64 {
+    if priority.nice() < 0 { 500.0 } else { 60.0 }
 }
 
 /// The switches that can be started, and a sentence for each that cannot.
