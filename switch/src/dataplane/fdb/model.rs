@@ -1,7 +1,7 @@
 //! Loom runs the bucket's code through every order in which a reader and a writer can meet, weak memory included.
 //!
 //! Part of `cargo test`. Each of these alone makes a model fail: no Release fence in `Claim::put` or `relocate`, no Acquire
-//! fence in `probe`, a Relaxed head in `probe`, `claim`, `hide` or `Claim::drop`, a slot written or cleared without `hide`, no `spill` in `push_on`.
+//! fence in `probe`, a Relaxed head in `probe`, `claim`, `hide` or `Claim::drop`, a slot written without `hide` or cleared without its fence, no `spill` in `push_on`.
 
 use loom::sync::Arc;
 use loom::thread;
