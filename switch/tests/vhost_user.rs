@@ -108,7 +108,10 @@ fn offers_a_guest_that_comes_again_exactly_the_same() {
         )
     };
     let first = offer();
-    assert_eq!(first, offer());
+    // At once: the last connection's end may not have been read when the next one knocks.
+    for _ in 0..10 {
+        assert_eq!(first, offer());
+    }
     assert_eq!(first.0 & 1 << 22, 1 << 22, "several queues: MQ");
 }
 

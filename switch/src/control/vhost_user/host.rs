@@ -233,9 +233,9 @@ impl Host {
         if knocked { self.turn_away(visit) } else { None }
     }
 
-    /// Somebody else wants in. The newest wins if the process that was let in is dead, else it is sent away.
+    /// Somebody else wants in. The newest wins if the one that was let in has hung up or is dead, else it is sent away.
     fn turn_away(&mut self, visit: &mut Visit) -> Option<End> {
-        if visit.dead() {
+        if visit.left() || visit.dead() {
             return Some(End::HungUp(None));
         }
         if self.connections.take() {
@@ -368,6 +368,21 @@ impl Visit {
             messages: Bucket::new(MESSAGES),
             deaf_until: now,
         }
+    }
+
+    /// Whether the guest has closed its end, even if we have not read all it said before. Asked after a knock was heard: a container that
+    /// is started again at once must not be sent away because of its own last connection.
+    fn left(&self) -> bool {
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let (guest, _) = self.filter.waits_for();
+        let mut asked = [PollFd::from_borrowed_fd(guest, PollFlags::RDHUP)];
+        poll(&mut asked, Some(&now)) == Ok(1)
+            && asked[0]
+                .revents()
+                .intersects(PollFlags::RDHUP | PollFlags::HUP)
     }
 
     /// Whether the process that connected is known to be dead.
