@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::api::Refusal;
-use super::cpu;
 use super::state::{
     Counters, Direction, PortStatus, QueueRef, QueueStatus, StatsReport, WorkerStatus,
 };
@@ -84,16 +83,19 @@ impl Switch {
             .collect();
         let mut total = state.departed.clone();
         ports.values().for_each(|port| total += port);
+        let workers = (0..self.workers.len())
+            .map(|number| self.worker(&state, number))
+            .collect();
+        let (departed, age) = (state.departed.clone(), state.age);
+        drop(state); // a walk over the whole forwarding database follows: no session shall wait for it
         StatsReport {
             uptime_seconds: elapsed,
             tsc_hz: (tsc().wrapping_sub(self.started.1) as f64 / elapsed) as u64,
             total,
-            departed: state.departed.clone(),
+            departed,
             ports,
-            workers: (0..self.workers.len())
-                .map(|number| self.worker(&state, number))
-                .collect(),
-            fdb: self.fdb_use(state.age),
+            workers,
+            fdb: self.fdb_use(age),
         }
     }
 
@@ -115,7 +117,7 @@ impl Switch {
         let counted = &worker.counters;
         WorkerStatus {
             cpu: worker.cpu,
-            numa_node: cpu::HostCpus::read("/".as_ref()).node(worker.cpu),
+            numa_node: worker.node,
             queues,
             turns: counted.passes.load(Relaxed),
             busy_turns: counted.bursts.load(Relaxed),

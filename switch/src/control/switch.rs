@@ -58,6 +58,8 @@ pub struct Switch {
 
 pub(super) struct WorkerHandle {
     pub(super) cpu: usize,
+    /// NUMA node of that CPU, where known.
+    pub(super) node: Option<usize>,
     pub(super) mailbox: Mailbox,
     pub(super) counters: Arc<WorkerCounters>,
     pub(super) thread: Mutex<Option<JoinHandle<Vec<RxSlot>>>>,
@@ -114,10 +116,11 @@ impl Switch {
             fdb,
             seconds: 1.into(),
         });
+        let (idle, host) = (when_idle(config.idle), cpu::HostCpus::read("/".as_ref()));
         let workers = cpus
             .iter()
             .enumerate()
-            .map(|(number, cpu)| spawn_worker(number, *cpu, &shared, config.idle))
+            .map(|(number, cpu)| spawn_worker(number, *cpu, host.node(*cpu), &shared, idle))
             .collect::<Result<Vec<_>>>()?;
         let ports = config.ports.clone();
         let fdb_capacity = u64::from(config.fdb.capacity);
@@ -193,8 +196,9 @@ impl Switch {
             Action::SetFdbAge(age) => lock(&self.state).age = *age,
             Action::SetFdbReserved(stations) => self.shared.fdb.set_reserved(*stations),
             Action::SetIdle(idle) => {
+                let idle = when_idle(*idle);
                 for worker in &self.workers {
-                    worker.mailbox.idle(when_idle(*idle)).map_err(failed)?;
+                    worker.mailbox.idle(idle).map_err(failed)?;
                 }
             }
         }
@@ -500,13 +504,14 @@ fn when_idle(idle: state::Idle) -> Idle {
 fn spawn_worker(
     number: usize,
     cpu: usize,
+    node: Option<usize>,
     shared: &Arc<Shared>,
-    idle: state::Idle,
+    idle: Idle,
 ) -> Result<WorkerHandle> {
     let (bed, bell) = Bed::new().context("a worker cannot sleep: epoll or eventfd failed")?;
     let (mailbox, slot) = mailbox::mailbox(bell);
     let counters = Arc::<WorkerCounters>::default();
-    let worker = (shared.clone(), counters.clone(), when_idle(idle));
+    let worker = (shared.clone(), counters.clone(), idle);
     let (told, pinned) = crossbeam::channel::bounded(1);
     let thread = std::thread::Builder::new()
         .name(format!("worker-{cpu}"))
@@ -522,6 +527,7 @@ fn spawn_worker(
     pinned.recv().context("a worker ended at once")??;
     Ok(WorkerHandle {
         cpu,
+        node,
         mailbox,
         counters,
         thread: Mutex::new(Some(thread)),

@@ -1,6 +1,6 @@
 //! The session's thread: waits for guests, serves the one that is there, and puts out those that break the rules.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -373,28 +373,24 @@ impl Visit {
     /// Whether the guest has closed its end, even if we have not read all it said before. Asked after a knock was heard: a container that
     /// is started again at once must not be sent away because of its own last connection.
     fn left(&self) -> bool {
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        let (guest, _) = self.filter.waits_for();
-        let mut asked = [PollFd::from_borrowed_fd(guest, PollFlags::RDHUP)];
-        poll(&mut asked, Some(&now)) == Ok(1)
-            && asked[0]
-                .revents()
-                .intersects(PollFlags::RDHUP | PollFlags::HUP)
+        says(self.filter.waits_for().0, PollFlags::RDHUP | PollFlags::HUP)
     }
 
     /// Whether the process that connected is known to be dead.
     fn dead(&self) -> bool {
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        self.process.as_ref().is_some_and(|process| {
-            poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&now)) == Ok(1)
-        })
+        let process = self.process.as_ref();
+        process.is_some_and(|process| says(process.as_fd(), PollFlags::IN))
     }
+}
+
+/// Whether a descriptor is in one of these states now.
+fn says(fd: BorrowedFd<'_>, states: PollFlags) -> bool {
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let mut asked = [PollFd::from_borrowed_fd(fd, states)];
+    poll(&mut asked, Some(&now)) == Ok(1) && asked[0].revents().intersects(states)
 }
 
 /// Allows so many things a second, and as many at once.
