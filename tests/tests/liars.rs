@@ -2,6 +2,7 @@
 
 use std::io::Write as _;
 use std::os::fd::AsFd as _;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use ringway::control::state::PortState;
@@ -267,4 +268,29 @@ fn a_buffer_outside_the_memory_costs_that_frame_alone() -> Result<()> {
         "the port went down"
     );
     Ok(())
+}
+
+#[test]
+fn a_guest_is_called_about_buffers_that_were_good_for_nothing() -> Result<()> {
+    let mut scene = scene(|options| Options {
+        in_order: false,
+        ..options
+    })?;
+    let rx = &mut scene.liar.pairs[0].rx;
+    let raw = rx.raw();
+    // Every receive buffer is too small for a header even; only a guest that hears of them can bring better ones.
+    for index in 0..1024 {
+        let (at, _, flags, next) = raw.desc(index);
+        raw.set_desc(index, (at, 4, flags, next));
+    }
+    rx.forget_calls();
+    rx.arm();
+    let sent = frame(scene.liar.mac(), scene.friend.mac(), b"anybody there?");
+    scene.friend.send(&sent)?;
+    ensure!(
+        scene.liar.pairs[0].rx.sleep(Duration::from_secs(10)),
+        "the guest sleeps for ever on a ring that holds nothing the switch can use"
+    );
+    scene.innocents.finish()?;
+    scene.net.settle()
 }

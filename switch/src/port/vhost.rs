@@ -432,6 +432,7 @@ impl Sender for ToGuest {
             };
         }
         let mut most = picks.count_ones() as usize;
+        let mut returned = 0;
         for _ in 0..ROUNDS {
             let count = match self.side.ring.fetch(&mut self.side.buffers, most) {
                 Ok(count) => count,
@@ -448,6 +449,7 @@ impl Sender for ToGuest {
             if !self.publish(burst, &filled, &mut total) {
                 break;
             }
+            returned += filled.buffers;
             if filled.short && filled.buffers == 0 {
                 if most == BATCH {
                     picks &= picks - 1; // a whole batch cannot hold it: dropped, the next ones may fit
@@ -458,7 +460,8 @@ impl Sender for ToGuest {
                 break;
             }
         }
-        if total.frames > 0 {
+        // Buffers without a frame count too: a guest whose ring held nothing but useless ones would never bring better.
+        if returned > 0 {
             self.side.call_guest();
         }
         total
