@@ -546,6 +546,24 @@ fn follows_no_symbolic_link_to_another_guests_socket() {
 }
 
 #[test]
+fn follows_no_symbolic_link_in_a_directory_on_the_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let (theirs, mine) = (dir.path().join("theirs"), dir.path().join("mine"));
+    std::fs::create_dir(&theirs).unwrap();
+    let listener = UnixListener::bind(theirs.join("vhost.sock")).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    symlink(&theirs, &mine).unwrap();
+    let path = mine.join("vhost.sock");
+    let port = Port::new(|spec| (spec.mode, spec.socket) = (SocketMode::Client, path));
+    let why = port.switch.wait_state(PortState::Error).reason.unwrap();
+    assert!(
+        why.contains(&format!("{} is a symbolic link", mine.display())),
+        "{why}"
+    );
+    assert!(listener.accept().is_err(), "nobody came");
+}
+
+#[test]
 fn reaches_a_socket_whose_path_is_too_long_for_an_address() {
     let dir = tempfile::tempdir().unwrap();
     let deep = dir.path().join("d".repeat(120));
@@ -765,10 +783,127 @@ fn refuses_more_descriptors_than_a_message_may_have() {
         let message = Frontend::message(req::SET_MEM_TABLE, 0, &Memory::dpdk().table());
         guest.raw(&message, &vec![fd.as_fd(); 253]).unwrap();
     });
-    is_put_out_for("GET_FEATURES: invalid message", SOON, |guest| {
+    let without = [
+        (req::GET_FEATURES, "GET_FEATURES"),
+        (req::SET_OWNER, "SET_OWNER"),
+        (req::SET_STATUS, "SET_STATUS"),
+        (req::NET_SET_MTU, "NET_SET_MTU"),
+        (req::SEND_RARP, "SEND_RARP"),
+        (req::SET_VRING_ENABLE, "SET_VRING_ENABLE"),
+        (77, "request 77"),
+    ];
+    for (request, name) in without {
+        let before = open_fds();
+        is_put_out_for(
+            &format!("{name} came with 1 descriptors, it may have 0"),
+            SOON,
+            |guest| {
+                let fd = event();
+                guest.send(request, 0, &[0; 8], &[fd.as_fd()]);
+            },
+        );
+        assert!(open_fds() <= before + 2, "none is kept"); // other tests open some meanwhile
+    }
+    is_put_out_for("SET_VRING_KICK came with 2 descriptors", SOON, |guest| {
         let fd = event();
-        guest.send(req::GET_FEATURES, 0, &[], &[fd.as_fd()]);
+        guest.send(req::SET_VRING_KICK, 0, &[0; 8], &[fd.as_fd(), fd.as_fd()]);
     });
+}
+
+#[test]
+fn lets_in_the_user_it_is_for_and_nobody_else() {
+    let us = rustix::process::getuid().as_raw();
+    let port = Port::new(|spec| spec.peer_uid = Some(us + 1));
+    for _ in 0..3 {
+        assert!(
+            port.connect().hung_up_within(SOON),
+            "no pause grows: nobody is punished"
+        );
+    }
+    let report = port
+        .switch
+        .wait("a reason", |report| report.reason.is_some());
+    assert_eq!(report.state, PortState::Listening);
+    let why = report.reason.unwrap();
+    assert!(
+        why.ends_with(&format!(
+            "of user {us} was sent away: the port is for user {} (peer-uid)",
+            us + 1
+        )),
+        "{why}"
+    );
+    let port = Port::new(|spec| spec.peer_uid = Some(us));
+    port.connect().sync();
+}
+
+#[test]
+fn asks_who_listens_before_it_says_a_word_to_a_guest_it_connects_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vhost.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let us = rustix::process::getuid().as_raw();
+    let port = Port::new(|spec| {
+        (spec.mode, spec.socket, spec.peer_uid) = (SocketMode::Client, path, Some(us + 1));
+    });
+    assert!(Frontend::new(listener.accept().unwrap().0).hung_up_within(SOON));
+    port.switch
+        .wait("a reason", |report| report.reason.is_some());
+}
+
+#[test]
+fn puts_out_who_goes_on_flooding_with_messages() {
+    is_put_out_for(
+        "more than 1000 messages a second for 5 s",
+        Duration::from_secs(20),
+        |guest| {
+            let message =
+                Frontend::message(req::SET_VRING_NUM, 0, &[0, 0, 0, 0, 0, 1, 0, 0]).repeat(20);
+            while guest.raw(&message, &[]) == Ok(message.len()) {}
+        },
+    );
+}
+
+#[test]
+fn serves_a_guest_that_sets_up_more_queue_pairs_than_it_uses() {
+    let port = Port::new(|spec| spec.queues = 2);
+    let (mut guest, memory) = (port.connect(), Memory::dpdk());
+    let order = [0, 2, 4, 6, 1, 3, 5, 7];
+    for index in order {
+        guest.ring_fd(req::SET_VRING_CALL, index, &event());
+    }
+    guest.tell(req::SET_PROTOCOL_FEATURES, DPDK_PROTOCOL);
+    guest.tell(req::SET_FEATURES, DPDK_SPLIT | 1 << 22);
+    dpdk_rings(
+        &mut guest,
+        &memory,
+        &order.map(|index| index as u32),
+        DPDK_SPLIT,
+    );
+    for index in 0..8 {
+        guest.ring(req::SET_VRING_ENABLE, index, u32::from(index < 4));
+    }
+    guest.sync();
+    let report = port.switch.wait("both pairs", |report| {
+        report.rings.len() == 4 && report.state == PortState::Forwarding
+    });
+    let why = report.reason.expect("told");
+    assert!(
+        why.contains("has set up 4 queue pairs, the port has 2")
+            && why.ends_with("queues=4 gives it all"),
+        "{why}"
+    );
+    assert_eq!(port.switch.attached().1, 4);
+    assert_eq!(guest.ask_base(6), 0);
+    // A pair that is used and not polled would swallow frames without a word.
+    guest.ring(req::SET_VRING_ENABLE, 5, 1);
+    assert!(guest.hung_up_within(SOON));
+    let report = port.switch.wait_state(PortState::Quarantined);
+    assert!(
+        report
+            .reason
+            .unwrap()
+            .contains("ring 5, but the port has 2 queue pairs")
+    );
 }
 
 #[test]

@@ -11,9 +11,30 @@ pub trait PortHandle: Send + Sync {
     /// Takes all rings of the port back. When it returns no worker touches them: this is the quiesce of vhost-user.
     fn detach(&self) -> Rings;
 
+    /// Says whose files the guest's memory is made of, in the place of what was said before; none: it has gone. Refused, with
+    /// the reason, if a guest that is another process has one of them: each would read the other's frames.
+    ///
+    /// Asked before rings in that memory are attached. Without a switch behind the handle there is nobody else.
+    fn claim(&self, peer: Option<PeerId>, files: &[FileId]) -> Result<(), String> {
+        let _ = (peer, files);
+        Ok(())
+    }
+
     /// Says how the port is, for `ringway port show`. A report of a state other than `Connected` and `Forwarding` after one
     /// of these makes the switch forget the stations behind the port.
     fn report(&self, report: SessionReport);
+}
+
+/// Device and inode of a file.
+pub type FileId = (u64, u64);
+
+/// Which process a guest is, for comparison. One process with two devices is one guest with two ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PeerId {
+    /// Its number in the file system of pidfds.
+    Pidfd(u64),
+    /// Its process id.
+    Process(i32),
 }
 
 /// The rings of a port that are ready and enabled, by queue pair.

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use super::port_handle::{PortHandle, Rings, SessionReport};
+use super::port_handle::{FileId, PeerId, PortHandle, Rings, SessionReport};
 use super::state::PortState;
 use super::switch::{Port, State, Switch, lock};
 use crate::dataplane::fdb::Flush;
@@ -110,6 +110,36 @@ impl Switch {
         rings
     }
 
+    /// Notes whose memory is at a port. A file of shared memory belongs to one process, however many ports that one has.
+    fn claim(
+        &self,
+        id: PortId,
+        peer: Option<PeerId>,
+        files: &[FileId],
+    ) -> std::result::Result<(), String> {
+        let mut state = lock(&self.state);
+        let honest = |other: &Claim| other.port == id || (peer.is_some() && other.peer == peer);
+        let mut claims = files.iter().filter_map(|file| state.files.get(file));
+        if let Some(other) = claims.find_map(|claims| claims.iter().find(|other| !honest(other))) {
+            let other = other.port;
+            let name = state.port(other).map(|port| port.spec.name.clone());
+            return Err(format!(
+                "the memory it shares is that of the guest of port {:?}, another process: each would read the other's frames; \
+                 give each container memory of its own (a hugetlbfs mount per container, or --in-memory)",
+                name.unwrap_or_default()
+            ));
+        }
+        state.forget_files(id);
+        for file in files {
+            let claims = state.files.entry(*file).or_default();
+            claims.push(Claim { port: id, peer });
+        }
+        if let Some(port) = state.port(id) {
+            port.files = files.to_vec();
+        }
+        Ok(())
+    }
+
     fn report(&self, id: PortId, report: SessionReport) {
         let mut state = lock(&self.state);
         let Some(port) = state.port(id) else { return };
@@ -122,6 +152,27 @@ impl Switch {
             }
         }
         port.report = report;
+    }
+}
+
+/// A port that has a file of shared memory, and the process behind it.
+pub(super) struct Claim {
+    port: PortId,
+    peer: Option<PeerId>,
+}
+
+impl State {
+    /// The memory at a port has gone.
+    pub(super) fn forget_files(&mut self, id: PortId) {
+        let files = self.port(id).map(|port| std::mem::take(&mut port.files));
+        for file in files.unwrap_or_default() {
+            if let Some(claims) = self.files.get_mut(&file) {
+                claims.retain(|claim| claim.port != id);
+                if claims.is_empty() {
+                    self.files.remove(&file);
+                }
+            }
+        }
     }
 }
 
@@ -157,6 +208,13 @@ impl PortHandle for Handle {
                 from_guest: Vec::new(),
                 to_guest: Vec::new(),
             },
+        }
+    }
+
+    fn claim(&self, peer: Option<PeerId>, files: &[FileId]) -> std::result::Result<(), String> {
+        match self.switch() {
+            Some(switch) => switch.claim(self.id, peer, files),
+            None => Ok(()),
         }
     }
 

@@ -17,7 +17,7 @@ const MTU_MIN: u32 = 68;
 /// Longest name of a port or bridge: it has to fit into tables, labels and file names.
 const NAME_MAX: usize = 32;
 
-const KEYS: [&str; 11] = [
+const KEYS: [&str; 12] = [
     "name",
     "type",
     "socket",
@@ -28,6 +28,7 @@ const KEYS: [&str; 11] = [
     "hugepages",
     "socket-mode",
     "socket-owner",
+    "peer-uid",
     "workers",
 ];
 const TYPES: [(&str, PortKind); 1] = [("vhost-user", PortKind::VhostUser)];
@@ -150,6 +151,7 @@ fn set(spec: &mut PortSpec, entry: &Entry) -> Result<(), ConfigError> {
         }
         "socket-mode" => spec.socket_mode = Some(Permissions(entry.permissions()?)),
         "socket-owner" => spec.socket_owner = Some(read_owner(entry, Path::new("/etc"))?),
+        "peer-uid" => spec.peer_uid = Some(read_user(entry, Path::new("/etc"))?),
         "workers" => spec.workers = entry.cpus()?,
         _ => {} // name and type are read by now
     }
@@ -246,6 +248,28 @@ pub(crate) fn read_owner(entry: &Entry, etc: &Path) -> Result<Owner, ConfigError
     Ok(owner)
 }
 
+/// Reads a user, by number or by a name in `passwd` of `etc`.
+fn read_user(entry: &Entry, etc: &Path) -> Result<u32, ConfigError> {
+    if let Raw::Int(number) = entry.value {
+        let known = u32::try_from(number).ok();
+        return known.ok_or_else(|| {
+            entry.refuse(format_args!(
+                "cannot be {number}: no user has such a number"
+            ))
+        });
+    }
+    let name = entry.text("write a user, by name or number, like \"dpdk\" or 1000")?;
+    let known = name
+        .parse()
+        .ok()
+        .or_else(|| id_by_name(&etc.join("passwd"), name));
+    known.ok_or_else(|| {
+        entry.refuse(format_args!(
+            "names {name:?}, which is not in /etc/passwd: write a number, or add it there"
+        ))
+    })
+}
+
 /// The third field of the line of `file` whose first field is `name`: the id in both passwd(5) and group(5).
 fn id_by_name(file: &Path, name: &str) -> Option<u32> {
     let text = std::fs::read_to_string(file).ok()?;
@@ -312,7 +336,7 @@ mod tests {
     #[test]
     fn reads_a_port_text_with_every_key() {
         let text = "vhost-user:blue,socket=/run/r/blue.sock,mode=server,queues=4,bridge=b1,mtu=9000,hugepages=required,\
-                    socket-mode=0600,socket-owner=1000:2000,workers=2+3";
+                    socket-mode=0600,socket-owner=1000:2000,peer-uid=1000,workers=2+3";
         let spec = parse_port(text, "--port 1").expect("legal");
         let wanted = PortSpec {
             queues: 4,
@@ -324,6 +348,7 @@ mod tests {
                 uid: Some(1000),
                 gid: Some(2000),
             }),
+            peer_uid: Some(1000),
             workers: vec![2, 3],
             ..PortSpec::vhost_user("blue", "/run/r/blue.sock")
         };

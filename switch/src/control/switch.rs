@@ -4,6 +4,7 @@
 //! guest's rings; the workers poll them. All shared state is behind one mutex, held while workers answer their mail, never
 //! while a session is started or stopped (its thread may be waiting for that mutex).
 
+use std::collections::HashMap;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
@@ -16,8 +17,8 @@ use super::api::Refusal;
 use super::config::Config;
 use super::cpu;
 use super::plan::{self, Action};
-use super::port_handle::SessionReport;
-use super::rings::Handle;
+use super::port_handle::{FileId, SessionReport};
+use super::rings::{Claim, Handle};
 use super::spec::check_beside;
 use super::state::{self, Counters, PortSpec};
 use super::status::{received, sent};
@@ -76,6 +77,8 @@ pub(super) struct State {
     pub(super) topology: Arc<Topology>,
     pub(super) age: u32,
     pub(super) stopped: bool,
+    /// Files of guests' memory that is mapped now, with the ports that have them.
+    pub(super) files: HashMap<FileId, Vec<Claim>>,
 }
 
 pub(super) struct Port {
@@ -89,6 +92,8 @@ pub(super) struct Port {
     pub(super) connects: u64,
     pub(super) poison: Option<Arc<Poison>>,
     pub(super) session: Option<Arc<Session>>,
+    /// Files its guest's memory is made of.
+    pub(super) files: Vec<FileId>,
 }
 
 /// A queue pair of a port, attached or not.
@@ -443,11 +448,13 @@ impl State {
             connects: 0,
             poison: None,
             session: None,
+            files: Vec::new(),
         });
         Ok(id)
     }
 
     fn leave(&mut self, id: PortId) {
+        self.forget_files(id);
         if let Some(port) = self.ports.get_mut(usize::from(id.0)).and_then(Option::take) {
             self.departed += &port.counters();
         }

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::vhost_user::{Error, Result};
 
-use super::port_handle::{PortHandle, RingReport, Rings, SessionReport};
+use super::port_handle::{FileId, PeerId, PortHandle, RingReport, Rings, SessionReport};
 use super::port_state::{GuestState, RingState, way};
 use super::state::{Direction, Hugepages, MemoryRegion, Peer, PortSpec, PortState, RingKind};
 use crate::port::vhost::{FromGuest, ToGuest};
@@ -20,6 +20,8 @@ use crate::virtio::ring::{Ring, Way, feature};
 
 /// Memory regions a guest may have at one time (GET_MAX_MEM_SLOTS).
 const SLOTS: u64 = 64;
+/// Rings that vhost-user can name: the index of a kick or call has 8 bits.
+const RINGS_MAX: u32 = 256;
 /// VIRTIO_CONFIG_S_FEATURES_OK: the device takes the features the driver chose (virtio 1.2 §2.1).
 const FEATURES_OK: u8 = 8;
 
@@ -55,6 +57,7 @@ const PROTOCOL_FEATURES: [(VhostUserProtocolFeatures, &str); 6] = [
 pub(super) struct Device {
     handle: Arc<dyn PortHandle>,
     stopping: Arc<AtomicBool>,
+    peer: Option<PeerId>,
     pairs: u16,
     mtu: u32,
     frame_max: u32,
@@ -65,6 +68,10 @@ pub(super) struct Device {
     live: bool,
     /// What was wrong with a message, in a sentence with the remedy. Goes when rings run.
     complaint: Option<String>,
+    /// Queue pairs the guest has spoken of, where they are more than the port has.
+    asked_pairs: u16,
+    /// Why the guest cannot be called, if so.
+    uncalled: Option<String>,
     /// What a worker found wrong with a ring.
     lie: Option<String>,
     /// Something changed that a report tells.
@@ -76,11 +83,13 @@ impl Device {
         spec: &PortSpec,
         handle: Arc<dyn PortHandle>,
         stopping: Arc<AtomicBool>,
+        peer: Option<PeerId>,
         options: &MapOptions,
     ) -> Device {
         Device {
             handle,
             stopping,
+            peer,
             pairs: spec.queues,
             mtu: spec.mtu,
             frame_max: spec.frame_max() as u32,
@@ -89,6 +98,8 @@ impl Device {
             guest: GuestState::new(spec.queues),
             live: false,
             complaint: None,
+            asked_pairs: 0,
+            uncalled: None,
             lie: None,
             changed: true,
         }
@@ -121,6 +132,8 @@ impl Device {
     pub(super) fn leave(&mut self) {
         self.quiesce();
         self.guest = GuestState::new(self.pairs);
+        let nothing = self.handle.claim(self.peer, &[]);
+        debug_assert_eq!(nothing, Ok(()), "giving up is never refused");
     }
 
     pub(super) fn has_memory(&self) -> bool {
@@ -160,7 +173,7 @@ impl Device {
         let features = self.guest.features.unwrap_or(0);
         SessionReport {
             state,
-            reason: self.complaint.clone(),
+            reason: self.complaint.clone().or_else(|| self.restriction()),
             peer,
             features: named(&FEATURES, |bit| features & bit != 0)
                 .chain((features & feature::MQ != 0).then(|| "MQ".to_owned()))
@@ -172,6 +185,18 @@ impl Device {
             memory: self.guest.mem.iter().flat_map(|mem| memory(mem)).collect(),
             rings: self.rings().collect(),
         }
+    }
+
+    /// What a guest that is served has to do without.
+    fn restriction(&self) -> Option<String> {
+        let (asked, pairs) = (self.asked_pairs, self.pairs);
+        let fewer = (asked > pairs).then(|| {
+            format!(
+                "the guest has set up {asked} queue pairs, the port has {pairs}: it is served as long as it uses no more; \
+                 queues={asked} gives it all"
+            )
+        });
+        fewer.or_else(|| self.uncalled.clone())
     }
 
     fn rings(&self) -> impl Iterator<Item = RingReport> {
@@ -311,8 +336,15 @@ impl Device {
         Ok(())
     }
 
-    /// Puts a new memory table in the place of the old one. Rings whose addresses it does not hold wait for the next one.
-    fn adopt(&mut self, mem: GuestMem, offsets: Vec<(u64, u64)>) {
+    /// Puts a new memory table in the place of the old one, unless it holds another guest's memory. Rings whose addresses it
+    /// does not hold wait for the next one.
+    fn adopt(&mut self, mem: GuestMem, offsets: Vec<(u64, u64)>) -> Result<()> {
+        let mut files: Vec<FileId> = mem.inodes().collect();
+        files.sort_unstable();
+        files.dedup();
+        if let Err(why) = self.handle.claim(self.peer, &files) {
+            return Err(self.refuse(why));
+        }
         self.quiesce();
         // The workers have left the old table: its last holder, this line, unmaps it before the frontend gets its answer.
         self.guest.mem = Some(Arc::new(mem));
@@ -320,6 +352,7 @@ impl Device {
         if let Err(why) = self.publish() {
             self.complaint = Some(why);
         }
+        Ok(())
     }
 
     /// The same; the error to return.
@@ -342,7 +375,33 @@ impl Device {
         })
     }
 
+    /// The same; `None`: a ring of a queue pair that the port lacks and the guest has, but may never use.
+    ///
+    /// DPDK's virtio_user learns from nobody how many pairs there are: it sets up all that its own options name, and enables
+    /// those the application uses. Nothing is kept of the others. A port with one pair does not offer MQ, and such a guest
+    /// falls back to one pair by itself.
+    fn place(&mut self, index: u32, message: &str) -> Result<Option<usize>> {
+        let spare = usize::try_from(index).is_ok_and(|at| at >= self.guest.rings.len());
+        let many = self.pairs > 1
+            && self
+                .guest
+                .features
+                .is_none_or(|features| features & feature::MQ != 0);
+        if !(spare && many && index < RINGS_MAX) {
+            return self.index(index, message).map(Some);
+        }
+        let pairs = index as u16 / 2 + 1;
+        if pairs > self.asked_pairs {
+            self.asked_pairs = pairs;
+            self.changed = true;
+        }
+        Ok(None)
+    }
+
     pub(super) fn enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        if !enable && self.place(index, "SET_VRING_ENABLE")?.is_none() {
+            return Ok(());
+        }
         let index = self.index(index, "SET_VRING_ENABLE")?;
         if self.guest.rings[index].enabled == enable {
             return Ok(());

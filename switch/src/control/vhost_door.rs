@@ -1,10 +1,11 @@
 //! How guests come in: through a socket of ours that they connect to, or through theirs, to which we connect.
 
+use std::ffi::OsStr;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -246,27 +247,57 @@ impl Connect {
     }
 }
 
-/// Connects to a socket whose last component is no symbolic link, however long its path is.
+/// Opens what is at a path, without using it and without following a symbolic link anywhere on the way.
+///
+/// Component by component rather than by `openat2`, which Linux has since 5.6 and older sandboxes refuse.
+fn open_straight(path: &Path) -> Result<OwnedFd, Miss> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let names = path.components().filter_map(|part| match part {
+        Component::Normal(name) => Some(name),
+        _ => None, // the root; a checked path has nothing else
+    });
+    let mut at = open_part(rustix::fs::CWD, OsStr::new("/"), flags)?;
+    let mut so_far = PathBuf::from("/");
+    for name in names {
+        if is_a(&at, FileType::Symlink)? {
+            return Err(Miss::Wrong(format!(
+                "{} is a symbolic link, which could lead to another guest's socket: write the path without it",
+                so_far.display()
+            )));
+        }
+        at = open_part(&at, name, flags)?;
+        so_far.push(name);
+    }
+    Ok(at)
+}
+
+fn is_a(file: &OwnedFd, kind: FileType) -> Result<bool, Miss> {
+    let stat = rustix::fs::fstat(file).map_err(|error| {
+        Miss::Wrong(format!("cannot be looked at: {error}: choose another path"))
+    })?;
+    Ok(FileType::from_raw_mode(stat.st_mode) == kind)
+}
+
+fn open_part(at: impl AsFd, name: &OsStr, flags: OFlags) -> Result<OwnedFd, Miss> {
+    match rustix::fs::openat(at, name, flags, Mode::empty()) {
+        Ok(file) => Ok(file),
+        Err(Errno::NOENT | Errno::NOTDIR) => Err(Miss::Absent),
+        Err(Errno::ACCESS) => Err(Miss::Wrong(
+            "Ringway may not look there: let its user search the directories".into(),
+        )),
+        Err(error) => Err(Miss::Wrong(format!(
+            "cannot be looked at: {error}: choose another path"
+        ))),
+    }
+}
+
+/// Connects to a socket, however long its path is, that is reached through no symbolic link.
 ///
 /// Whoever is behind the path may have put anything there; a link to another container's socket would give them its port.
 /// So the path is opened without following or using what is there, what came of it is checked, and the connection is made
 /// to that very file.
 fn connect(path: &Path) -> Result<UnixStream, Miss> {
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let file = match rustix::fs::open(path, flags, Mode::empty()) {
-        Ok(file) => file,
-        Err(Errno::NOENT | Errno::NOTDIR) => return Err(Miss::Absent),
-        Err(Errno::ACCESS) => {
-            return Err(Miss::Wrong(
-                "Ringway may not look there: let its user search the directories".into(),
-            ));
-        }
-        Err(error) => {
-            return Err(Miss::Wrong(format!(
-                "cannot be looked at: {error}: choose another path"
-            )));
-        }
-    };
+    let file = open_straight(path)?;
     let stat = rustix::fs::fstat(&file).map_err(|error| {
         Miss::Wrong(format!("cannot be looked at: {error}: choose another path"))
     })?;

@@ -49,6 +49,9 @@ pub struct PortSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub socket_owner: Option<Owner>,
+    /// The only user whose processes may have the port; none: whoever can reach the socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer_uid: Option<u32>,
     /// CPUs of the workers that poll this port, queue pair by queue pair, in turn; empty: Ringway chooses.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub workers: Vec<usize>,
@@ -68,6 +71,7 @@ impl PortSpec {
             hugepages: Hugepages::default(),
             socket_mode: None,
             socket_owner: None,
+            peer_uid: None,
             workers: Vec::new(),
         }
     }

@@ -74,12 +74,14 @@ impl VhostUserBackendReqHandlerMut for Device {
             .collect();
         let mem = GuestMem::map(specs, &self.poison, &self.options)
             .map_err(|error| self.refuse(error.to_string()))?;
-        self.adopt(mem, offsets);
+        self.adopt(mem, offsets)?;
         Ok(None)
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
-        let index = self.index(index, "SET_VRING_NUM")?;
+        let Some(index) = self.place(index, "SET_VRING_NUM")? else {
+            return Ok(());
+        };
         let split = self.guest.features.is_some() && !self.guest.has(feature::RING_PACKED);
         if num == 0 || num > RING_MAX || (split && !num.is_power_of_two()) {
             return Err(self.refuse(format!(
@@ -98,19 +100,25 @@ impl VhostUserBackendReqHandlerMut for Device {
         avail: u64,
         _: u64,
     ) -> Result<()> {
-        let index = self.index(index, "SET_VRING_ADDR")?;
+        let Some(index) = self.place(index, "SET_VRING_ADDR")? else {
+            return Ok(());
+        };
         let at = RingAddr { desc, avail, used };
         self.check_addr(index, at)?;
         self.alter(index, |ring| ring.at = Some(at))
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
-        let index = self.index(index, "SET_VRING_BASE")?;
+        let Some(index) = self.place(index, "SET_VRING_BASE")? else {
+            return Ok(());
+        };
         self.alter(index, |ring| ring.base = base)
     }
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
-        let place = self.index(index, "GET_VRING_BASE")?;
+        let Some(place) = self.place(index, "GET_VRING_BASE")? else {
+            return Ok(VhostUserVringState::new(index, 0));
+        };
         let was_live = self.guest.rings[place].live;
         if was_live {
             self.quiesce();
@@ -125,21 +133,34 @@ impl VhostUserBackendReqHandlerMut for Device {
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let index = self.index(index.into(), "SET_VRING_KICK")?;
+        let Some(index) = self.place(index.into(), "SET_VRING_KICK")? else {
+            return Ok(());
+        };
         let kick = self.eventfd(fd, "SET_VRING_KICK")?;
         self.alter(index, |ring| (ring.started, ring.kick) = (true, kick))
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let index = self.index(index.into(), "SET_VRING_CALL")?;
+        let Some(index) = self.place(index.into(), "SET_VRING_CALL")? else {
+            return Ok(());
+        };
         let fd = self.eventfd(fd, "SET_VRING_CALL")?;
-        let call = fd.map(Call::new).transpose();
-        let call = call.map_err(|error| self.refuse(format!("SET_VRING_CALL: {error}")))?;
+        let call = match fd.map(Call::new).transpose() {
+            Ok(call) => call,
+            // Known to be an eventfd: so it is the host that has no way to signal it.
+            Err(error) => {
+                self.uncalled = Some(format!(
+                    "guests that poll are served, others hear of no frame: this host has no kernel AIO for us ({error}): raise the \
+                     sysctl fs.aio-max-nr, or allow io_setup and io_submit in the seccomp profile, then restart the guest"
+                ));
+                None
+            }
+        };
         self.alter(index, |ring| ring.call = call)
     }
 
     fn set_vring_err(&mut self, index: u8, _: Option<File>) -> Result<()> {
-        self.index(index.into(), "SET_VRING_ERR").map(drop) // a lie is told by closing the connection
+        self.place(index.into(), "SET_VRING_ERR").map(drop) // a lie is told by closing the connection
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
@@ -194,7 +215,7 @@ impl VhostUserBackendReqHandlerMut for Device {
             None => GuestMem::map(vec![spec], &self.poison, &self.options),
         };
         let mem = mem.map_err(|error| self.refuse(error.to_string()))?;
-        self.adopt(mem, offsets);
+        self.adopt(mem, offsets)?;
         Ok(None)
     }
 
@@ -214,8 +235,7 @@ impl VhostUserBackendReqHandlerMut for Device {
         let mem = mem.map_err(|error| self.refuse(error.to_string()))?;
         let mut offsets = self.guest.offsets.clone();
         offsets.retain(|(region, _)| *region != gpa);
-        self.adopt(mem, offsets);
-        Ok(())
+        self.adopt(mem, offsets)
     }
 
     // What follows belongs to protocol features that are never offered: the filter lets none of it through.
@@ -286,16 +306,12 @@ impl Device {
         let Some(fd) = file.map(owned) else {
             return Ok(None);
         };
-        match is_eventfd(fd.as_fd()) {
-            Ok(true) => Ok(Some(fd)),
-            Ok(false) => Err(self.refuse(format!(
-                "{message} came with a descriptor that is no eventfd; the frontend is at fault"
-            ))),
-            Err(error) => Err(self.refuse(format!(
-                "this host has no kernel AIO for us ({error}), guests cannot be called: raise the sysctl fs.aio-max-nr, or \
-                 allow io_setup and io_submit in the seccomp profile"
-            ))),
+        if is_eventfd(fd.as_fd()) {
+            return Ok(Some(fd));
         }
+        Err(self.refuse(format!(
+            "{message} came with a descriptor that is no eventfd; the frontend is at fault"
+        )))
     }
 }
 

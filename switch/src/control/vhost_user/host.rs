@@ -9,7 +9,7 @@ use crossbeam::channel::Sender;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::super::peer_cred::peer_of;
+use super::super::peer_cred::{identity_of, peer_of};
 use super::super::port_handle::{PortHandle, SessionReport};
 use super::super::state::{Peer, PortSpec, PortState};
 use super::super::vhost_device::Device;
@@ -30,6 +30,10 @@ const FORGIVEN: Duration = Duration::from_secs(60);
 /// pairs starts with some 300 messages.
 const MESSAGES: u32 = 1000;
 const CONNECTIONS: u32 = 1000;
+/// How long a guest may go on sending more than that. No honest one comes near.
+const FLOOD_TIME: Duration = Duration::from_secs(5);
+/// Between two looks at a listening process of the wrong user.
+const STRANGER_PAUSE: Duration = Duration::from_secs(1);
 /// Lines of log per second and port.
 const LINES: u32 = 5;
 
@@ -120,11 +124,44 @@ impl Host {
                 continue;
             }
             match self.door.look() {
-                Look::Guest(stream) => return Some(stream),
+                Look::Guest(stream) => match self.stranger(&stream) {
+                    None => return Some(stream),
+                    Some(why) => {
+                        drop(stream);
+                        self.send_away(why);
+                    }
+                },
                 Look::Nobody(state, why, until) => {
                     self.wait_outside(state, why.or_else(|| self.last.clone()), until);
                 }
             }
+        }
+    }
+
+    /// Why this process may not have the port, if so.
+    fn stranger(&self, stream: &UnixStream) -> Option<String> {
+        let wanted = self.spec.peer_uid?;
+        let peer = peer_of(stream);
+        if peer.is_some_and(|peer| peer.uid == wanted) {
+            return None;
+        }
+        let who = peer.map_or_else(
+            || "a process of an unknown user".to_owned(),
+            |peer| format!("process {} of user {}", peer.pid, peer.uid),
+        );
+        Some(format!(
+            "{who} was sent away: the port is for user {wanted} (peer-uid)"
+        ))
+    }
+
+    /// Whoever knocks next is heard at once; whoever listens where a guest should be is asked again after a while.
+    fn send_away(&mut self, why: String) {
+        if let Door::Theirs(_) = self.door {
+            let later = Instant::now() + STRANGER_PAUSE;
+            self.wait_outside(PortState::Error, Some(why), later);
+        } else {
+            self.tell(log::Level::Warn, &why);
+            self.last = Some(why);
         }
     }
 
@@ -159,7 +196,14 @@ impl Host {
     fn serve(&mut self, stream: UnixStream) -> End {
         let peer = peer_of(&stream);
         let stopping = self.shared.stopping.clone();
-        let device = Device::new(&self.spec, self.handle.clone(), stopping, &self.options);
+        let who = identity_of(&stream, peer);
+        let device = Device::new(
+            &self.spec,
+            self.handle.clone(),
+            stopping,
+            who,
+            &self.options,
+        );
         let filter = match Filter::new(stream, device) {
             Ok(filter) => filter,
             Err(error) => {
@@ -190,13 +234,23 @@ impl Host {
         }
         self.report(visit);
         if !visit.messages.take() {
-            self.shared
-                .wait([], Instant::now() + Duration::from_millis(10));
+            let now = Instant::now();
+            let since = *visit.flooding.get_or_insert(now);
+            if now.duration_since(since) >= FLOOD_TIME {
+                let seconds = FLOOD_TIME.as_secs();
+                return Some(End::PutOut(format!(
+                    "more than {MESSAGES} messages a second for {seconds} s; the frontend is at fault"
+                )));
+            }
+            self.shared.wait([], now + Duration::from_millis(10));
             return None;
         }
         match visit.filter.listen() {
             Ok(Heard::Message) => None,
-            Ok(Heard::Nothing) => self.wait_inside(visit),
+            Ok(Heard::Nothing) => {
+                visit.flooding = None; // it waits for us, not we for it
+                self.wait_inside(visit)
+            }
             Ok(Heard::End) => {
                 let why = visit.filter.device().complaint().map(str::to_owned);
                 Some(End::HungUp(why))
@@ -349,6 +403,8 @@ struct Visit {
     /// The reason last reported.
     reason: Option<String>,
     messages: Bucket,
+    /// Since when it has sent more than it may.
+    flooding: Option<Instant>,
     /// Others who knock are not heard before.
     deaf_until: Instant,
 }
@@ -366,6 +422,7 @@ impl Visit {
             forwarded: false,
             reason: None,
             messages: Bucket::new(MESSAGES),
+            flooding: None,
             deaf_until: now,
         }
     }
