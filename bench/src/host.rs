@@ -2,10 +2,10 @@
 
 use std::fs;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The machine.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Host {
     pub(crate) cpu: String,
     pub(crate) cpus: usize,
@@ -53,6 +53,11 @@ fn after<'t>(text: &'t str, label: &str) -> &'t str {
 fn hugepages(label: &str) -> u64 {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     after(&meminfo, label).trim().parse().unwrap_or(0)
+}
+
+/// Hugepages of 2 MB that nobody uses.
+pub(crate) fn free_hugepages() -> u64 {
+    hugepages("HugePages_Free:").saturating_sub(hugepages("HugePages_Rsvd:"))
 }
 
 /// Most starts that fail do so for want of hugepages: what there is, and how to get more.

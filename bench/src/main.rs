@@ -5,9 +5,13 @@ mod compare;
 mod console;
 mod host;
 mod interrupt;
+#[allow(dead_code, reason = "its further users follow")]
+mod load;
 mod output;
 mod peers;
 mod process;
+#[allow(dead_code, reason = "its further users follow")]
+mod results;
 mod rows;
 mod sample;
 mod sentinel;
@@ -30,6 +34,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Mode {
     Compare(compare::Compare),
+    Load(Box<load::LoadArgs>),
     Sentinel(watch::Watch),
 }
 
@@ -37,6 +42,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = interrupt::listen().and_then(|()| match &arguments.mode {
         Mode::Compare(options) => compare::run(options),
+        Mode::Load(options) => load::run(options),
         Mode::Sentinel(options) => watch::run(options),
     });
     match result {

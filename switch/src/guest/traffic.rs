@@ -15,12 +15,12 @@ use super::frame::{Frame, Slot};
 pub const HEAD: usize = 40;
 /// The longest frame that can be built.
 pub const FRAME_MAX: usize = 65_535;
-/// Windows of the pattern that flows choose from: a prime, so that neighbours differ.
-const WINDOWS: usize = 4093;
+/// Windows of the pattern that payloads are cut from: a prime, so that neighbours differ.
+pub const WINDOWS: usize = 4093;
 /// Gaps remembered per flow, to tell a late frame from a duplicate.
 const GAPS_MAX: usize = 64;
-/// EtherType, little end of a word first.
-const ETHERTYPE: u16 = u16::from_be_bytes([0xb5, 0x88]);
+/// EtherType of our frames, as it stands in a word read little end first.
+pub const ETHERTYPE: u16 = u16::from_be_bytes([0xb5, 0x88]);
 
 /// A MAC address.
 pub type Mac = [u8; 6];
@@ -53,14 +53,15 @@ fn mix(mut x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-fn payload(flow: u32, len: usize) -> &'static [u8] {
-    let from = flow as usize % WINDOWS;
+/// What follows the head of a frame of `len` bytes ([`HEAD`] to [`FRAME_MAX`]) whose payload is cut from `window`.
+pub fn payload(window: u32, len: usize) -> &'static [u8] {
+    let from = window as usize % WINDOWS;
     &pattern()[from..from + len - HEAD]
 }
 
 /// Covers both addresses, length, flow, sequence and stamp.
 #[inline]
-fn check(first: u64, second: u64, flow: u32, sequence: u64, stamp: u64) -> u32 {
+pub fn check(first: u64, second: u64, flow: u32, sequence: u64, stamp: u64) -> u32 {
     let sum = first
         .wrapping_mul(0xff51_afd7_ed55_8ccd)
         .wrapping_add(second.wrapping_mul(0xc4ce_b9fe_1a85_ec53))

@@ -1,0 +1,484 @@
+//! The generator's ports: frontends attached to a switch, wired with streams.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use ringway::guest::{Guest, MemoryKind, Options, QueuePair, Role};
+
+use super::sender::{Lengths, Pace, Sender};
+use super::sink::{ANNOUNCEMENTS, Arrived, Sink};
+use super::stream::{Expected, FLOWS_MAX, Stream, Target};
+use crate::host;
+use crate::interrupt;
+use crate::sentinel::tsc_hz;
+
+/// Stations of one port begin so far from those of the next: room for all flows of it.
+const STATIONS: u32 = 1 << 20;
+const _: () = assert!(FLOWS_MAX <= STATIONS);
+/// The most ports: their stations have numbers of 32 bits.
+const PORTS_MAX: usize = 4095;
+/// Length of an announcement.
+const HELLO: usize = 64;
+
+/// Which memory the frontends have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Memory {
+    /// Hugepages if enough are free, ordinary pages otherwise.
+    #[default]
+    Auto,
+    /// Ordinary pages: nothing has to be prepared.
+    Memfd,
+    /// Hugepages of 2 MiB.
+    Hugepages,
+}
+
+/// Which layout the rings have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Rings {
+    #[default]
+    Split,
+    Packed,
+}
+
+/// What kind of container the generator plays.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Frontends")]
+pub(crate) struct Frontends {
+    /// The layout of the rings
+    #[arg(long, value_enum, default_value = "split")]
+    pub(crate) rings: Rings,
+    /// Do not negotiate IN_ORDER
+    #[arg(long)]
+    pub(crate) no_in_order: bool,
+    /// Do not negotiate MRG_RXBUF
+    #[arg(long)]
+    pub(crate) no_mergeable: bool,
+    /// Descriptors per ring
+    #[arg(long, value_name = "NUMBER", default_value_t = 1024)]
+    pub(crate) ring_size: u16,
+    /// Queue pairs per port
+    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    pub(crate) queues: u16,
+    /// What the ports' memory is made of
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(crate) memory: Memory,
+    /// Bytes of a receive buffer, the 12 of its header included [default: 2048, or what the longest frame takes; with
+    /// mergeable buffers a longer frame spreads over several]
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) receive_buffer: Option<u32>,
+    /// The generator listens on the sockets, and the switch connects (virtio_user's server mode)
+    #[arg(long)]
+    pub(crate) listen: bool,
+    /// How long the switch may take to appear, and for each step of the handshake
+    #[arg(long, value_name = "SECONDS", default_value_t = 5.0, value_parser = patience)]
+    pub(crate) patience: f64,
+    /// The CPUs of the generator's threads, one each [default: the --client-cpu]
+    #[arg(long, value_name = "CPU,...", value_delimiter = ',')]
+    pub(crate) cpus: Vec<usize>,
+}
+
+fn patience(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.01..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("must be between 0.01 and 3600".to_owned()),
+    }
+}
+
+impl Frontends {
+    /// virtio_user's defaults.
+    #[cfg(test)]
+    pub(crate) fn plain() -> Self {
+        Self {
+            rings: Rings::Split,
+            no_in_order: false,
+            no_mergeable: false,
+            ring_size: 256,
+            queues: 1,
+            memory: Memory::Memfd,
+            receive_buffer: None,
+            listen: false,
+            patience: 10.0,
+            cpus: Vec::new(),
+        }
+    }
+
+    /// `split`, or what differs: `packed, not in order`.
+    pub(crate) fn name(&self) -> String {
+        let mut name = match self.rings {
+            Rings::Split => "split",
+            Rings::Packed => "packed",
+        }
+        .to_owned();
+        for (differs, what) in [
+            (self.no_in_order, ", not in order"),
+            (self.no_mergeable, ", not mergeable"),
+        ] {
+            if differs {
+                name += what;
+            }
+        }
+        if self.queues > 1 {
+            name += &format!(", {} queue pairs", self.queues);
+        }
+        name
+    }
+
+    fn options(&self, socket: PathBuf, longest: u32, hugepages: bool) -> Options {
+        let mut options = Options::new(socket).frame_max(longest);
+        options.role = if self.listen {
+            Role::Server
+        } else {
+            Role::Client
+        };
+        if self.rings == Rings::Packed {
+            options = options.packed();
+        }
+        options.in_order = !self.no_in_order;
+        options.mergeable = !self.no_mergeable;
+        options.ring_size = self.ring_size;
+        options.queue_pairs = self.queues;
+        if let Some(bytes) = self.receive_buffer {
+            options.receive_buffer = bytes;
+        }
+        options.memory = if hugepages {
+            MemoryKind::Hugepages
+        } else {
+            MemoryKind::Memfd
+        };
+        options.patience = Duration::from_secs_f64(self.patience);
+        options.wait = options.patience;
+        options
+    }
+
+    /// Bytes of memory that `ports` ports take, about.
+    fn bytes(&self, ports: usize, longest: u32) -> u64 {
+        let buffer = u64::from(longest.max(2048)) + 192;
+        let pair = u64::from(self.ring_size) * (2 * buffer + 64);
+        ports as u64 * (u64::from(self.queues) * pair + (2 << 20))
+    }
+}
+
+/// One pair of queues with its sender.
+pub(crate) struct Queue {
+    pub(crate) pair: QueuePair,
+    pub(crate) sender: Sender,
+}
+
+/// What one thread needs of a port.
+pub(crate) struct Lane {
+    pub(crate) queues: Vec<Queue>,
+    pub(crate) sink: Sink,
+}
+
+/// Ports attached to a switch.
+pub(crate) struct Fleet {
+    pub(crate) guests: Vec<Guest>,
+    pub(crate) lanes: Vec<Lane>,
+    /// CPUs of the threads; none: they go where the kernel puts them.
+    pub(crate) cpus: Vec<usize>,
+    pub(crate) tsc_hz: f64,
+    pub(crate) lengths: Lengths,
+    verify_every: u64,
+    next_stream: u16,
+    /// Receivers of each stream.
+    pub(crate) receivers: Vec<u64>,
+    pub(crate) caveats: Vec<String>,
+}
+
+/// Who sends to whom.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Wire {
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+}
+
+impl Fleet {
+    /// Attaches a port to each socket; nothing is sent yet.
+    pub(crate) fn attach(
+        frontends: &Frontends,
+        sockets: &[PathBuf],
+        lengths: &Lengths,
+        verify_every: u64,
+    ) -> Result<Self> {
+        ensure!(
+            sockets.len() <= PORTS_MAX,
+            "{} ports: the generator plays at most {PORTS_MAX}",
+            sockets.len()
+        );
+        let longest = u32::from(lengths.longest());
+        let mut fleet = Self {
+            guests: Vec::new(),
+            lanes: Vec::new(),
+            cpus: frontends.cpus.clone(),
+            tsc_hz: tsc_hz(),
+            lengths: lengths.clone(),
+            verify_every,
+            next_stream: 0,
+            receivers: Vec::new(),
+            caveats: Vec::new(),
+        };
+        let hugepages = fleet.choose_memory(frontends, sockets.len(), longest);
+        for socket in sockets {
+            interrupt::check()?;
+            let options = frontends.options(socket.clone(), longest, hugepages);
+            let attach = || -> Result<_> {
+                let mut guest = Guest::new(options.clone())?;
+                let pairs = guest.attach()?;
+                Ok((guest, pairs))
+            };
+            let (guest, pairs) = attach()
+                .with_context(|| format!("port {} at {}", fleet.guests.len(), socket.display()))?;
+            fleet.check(&guest, &options)?;
+            fleet.guests.push(guest);
+            fleet.lanes.push(fleet.lane(pairs));
+        }
+        Ok(fleet)
+    }
+
+    fn lane(&self, pairs: Vec<QueuePair>) -> Lane {
+        let silent = || {
+            let none = (Vec::new(), Vec::new());
+            Sender::new(none.0, none.1, self.lengths.clone(), 0, Arrived::default())
+        };
+        Lane {
+            queues: pairs
+                .into_iter()
+                .map(|pair| Queue {
+                    pair,
+                    sender: silent(),
+                })
+                .collect(),
+            sink: Sink::new(self.verify_every),
+        }
+    }
+
+    fn choose_memory(&mut self, frontends: &Frontends, ports: usize, longest: u32) -> bool {
+        let pages = frontends.bytes(ports, longest).div_ceil(2 << 20);
+        match frontends.memory {
+            Memory::Memfd => false,
+            Memory::Hugepages => true,
+            Memory::Auto => {
+                let free = host::free_hugepages();
+                if free < pages {
+                    self.caveats.push(format!(
+                        "ordinary memory, as {pages} hugepages of 2 MiB are not free ({free} are): with hugepages both sides miss \
+                         the TLB less, which is worth up to 15 %"
+                    ));
+                }
+                free >= pages
+            }
+        }
+    }
+
+    /// What the switch did not grant.
+    fn check(&mut self, guest: &Guest, options: &Options) -> Result<()> {
+        let wanted = [
+            (options.in_order, ringway::virtio::ring::feature::IN_ORDER),
+            (options.mergeable, ringway::virtio::ring::feature::MRG_RXBUF),
+        ];
+        let missing: u64 = wanted
+            .iter()
+            .filter(|(wanted, bit)| *wanted && guest.features() & bit == 0)
+            .map(|(_, bit)| bit)
+            .sum();
+        if missing & ringway::virtio::ring::feature::MRG_RXBUF != 0
+            && options.receive_buffer < options.frame_max + 12
+        {
+            bail!(
+                "the switch does not offer MRG_RXBUF, and receive buffers of {} bytes are too short for frames of {}",
+                options.receive_buffer,
+                options.frame_max
+            );
+        }
+        if missing != 0 {
+            let caveat = format!(
+                "not offered by the switch: {}",
+                ringway::guest::feature_names(missing)
+            );
+            if !self.caveats.contains(&caveat) {
+                self.caveats.push(caveat);
+            }
+        }
+        Ok(())
+    }
+
+    /// Wires streams anew: `stations` flows on each wire (shared among the queues), and `broadcast` per cent of each sender's
+    /// frames to all.
+    pub(crate) fn wire(&mut self, wires: &[Wire], stations: u32, broadcast: u32) -> Result<()> {
+        self.next_stream = 0;
+        self.receivers.clear();
+        let ports = self.lanes.len();
+        for lane in &mut self.lanes {
+            lane.sink.forget();
+        }
+        for from in 0..ports {
+            let queues = self.lanes[from].queues.len();
+            for queue in 0..queues {
+                let arrived = Arrived::default();
+                let flows = stations.div_ceil(queues as u32);
+                let source = base(from) + flows * queue as u32;
+                let (mut streams, mut turns) = (Vec::new(), Vec::new());
+                for wire in wires.iter().filter(|wire| wire.from == from) {
+                    let target = Target::Stations(base(wire.to) + flows * queue as u32);
+                    turns.push(streams.len() as u16);
+                    let stream = self.stream(source, target, flows, 1)?;
+                    self.lanes[wire.to].sink.expect(
+                        stream.id,
+                        Expected::new(&stream),
+                        Some(arrived.clone()),
+                    );
+                    streams.push(stream);
+                }
+                if broadcast > 0 && !turns.is_empty() {
+                    let stream = self.stream(source, Target::All, 1, ports as u64 - 1)?;
+                    let others = (0..ports).filter(|&port| port != from);
+                    for (number, port) in others.enumerate() {
+                        let sender = (number == 0).then(|| arrived.clone());
+                        let sink = &mut self.lanes[port].sink;
+                        sink.expect(stream.id, Expected::new(&stream), sender);
+                    }
+                    turns = mixed(&turns, streams.len() as u16, broadcast);
+                    streams.push(stream);
+                }
+                let salt = (from * 977 + queue * 131) as u32;
+                self.lanes[from].queues[queue].sender =
+                    Sender::new(streams, turns, self.lengths.clone(), salt, arrived);
+            }
+        }
+        Ok(())
+    }
+
+    fn stream(
+        &mut self,
+        source: u32,
+        target: Target,
+        flows: u32,
+        receivers: u64,
+    ) -> Result<Stream> {
+        let id = self.next_stream;
+        ensure!(id < ANNOUNCEMENTS, "more than {ANNOUNCEMENTS} streams");
+        self.next_stream += 1;
+        self.receivers.push(receivers);
+        Ok(Stream::new(id, source, target, flows))
+    }
+
+    /// Every station of every port sends one broadcast frame: the switch knows them from now on. Waits until they came out
+    /// somewhere, or a moment if they do not.
+    pub(crate) fn announce(&mut self, stations: u32) -> Result<()> {
+        for port in 0..self.lanes.len() {
+            let flows = stations.max(1);
+            let mut hello = Stream::new(ANNOUNCEMENTS, base(port), Target::All, flows);
+            let (mut left, mut moved) = (u64::from(flows), Instant::now());
+            let mut sent_last = Instant::now();
+            while left > 0 {
+                interrupt::check()?;
+                ensure!(
+                    sent_last.elapsed() < Duration::from_secs(5),
+                    "port {port}: the switch takes no frames (its ring is full and stays so)"
+                );
+                let burst = left.min(64) as usize;
+                let tx = &mut self.lanes[port].queues[0].pair.tx;
+                let sent = tx.send(burst, |slot| {
+                    // Another length than the frames': they get their payload anew.
+                    hello.fill(slot, HELLO.min(slot.room()), 0, 0)
+                });
+                if sent > 0 {
+                    (left, sent_last) = (left - sent as u64, Instant::now());
+                }
+                moved = Instant::now();
+                while self.look() == 0 && moved.elapsed() < Duration::from_millis(1) {
+                    std::thread::yield_now();
+                }
+            }
+            while moved.elapsed() < Duration::from_millis(3) {
+                if self.look() > 0 {
+                    moved = Instant::now();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives what there is on all ports.
+    pub(crate) fn look(&mut self) -> usize {
+        let mut got = 0;
+        for lane in &mut self.lanes {
+            for queue in &mut lane.queues {
+                got += lane.sink.receive(&mut queue.pair.rx);
+            }
+        }
+        got
+    }
+
+    /// Senders that have something to send.
+    pub(crate) fn senders(&self) -> usize {
+        let queues = self.lanes.iter().flat_map(|lane| &lane.queues);
+        queues
+            .filter(|queue| !queue.sender.streams().is_empty())
+            .count()
+    }
+
+    /// The number of the first port whose switch has closed the connection.
+    pub(crate) fn gone(guests: &[Guest]) -> Option<usize> {
+        guests.iter().position(|guest| !guest.connected())
+    }
+
+    /// Says goodbye in order.
+    pub(crate) fn detach(mut self) {
+        for guest in &mut self.guests {
+            let _ = guest.detach();
+        }
+    }
+
+    /// TSC cycles from one frame of a sender to the next, if all together send `pps` frames per second.
+    pub(crate) fn every(&self, pps: f64) -> Result<Pace> {
+        let senders = self.senders().max(1) as f64;
+        let cycles = self.tsc_hz * senders / pps;
+        if !cycles.is_finite() || cycles < 1.0 || pps <= 0.0 {
+            bail!(
+                "a rate of {pps:.0} frames/s is impossible: it must be above 0 and at most {:.0} million for {senders} senders",
+                self.tsc_hz * senders / 1e6
+            );
+        }
+        Ok(Pace::Every(cycles))
+    }
+}
+
+/// The first station of a port.
+pub(crate) fn base(port: usize) -> u32 {
+    (port as u32 + 1).wrapping_mul(STATIONS)
+}
+
+/// Turns in which `per_cent` of the frames are those of stream `all`, evenly spread.
+fn mixed(turns: &[u16], all: u16, per_cent: u32) -> Vec<u16> {
+    let (mut mixed, mut rest) = (Vec::new(), turns.iter().cycle());
+    for number in 0..100 * turns.len() as u32 {
+        let before = number * per_cent / 100;
+        if (number + 1) * per_cent / 100 > before {
+            mixed.push(all);
+        } else {
+            mixed.extend(rest.next());
+        }
+    }
+    mixed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_of_the_turns_is_broadcast() {
+        let turns = mixed(&[0, 1], 2, 10);
+        assert_eq!(turns.len(), 200);
+        assert_eq!(turns.iter().filter(|&&turn| turn == 2).count(), 20);
+        assert_eq!(turns.iter().filter(|&&turn| turn == 0).count(), 90);
+    }
+
+    #[test]
+    fn stations_of_ports_do_not_overlap() {
+        assert!(base(1) - base(0) >= FLOWS_MAX);
+        assert!(base(PORTS_MAX - 1) > base(PORTS_MAX - 2));
+    }
+}

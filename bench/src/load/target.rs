@@ -1,0 +1,290 @@
+//! What is measured: sockets that somebody else serves, or a switch that the harness starts itself.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail, ensure};
+use indicatif::ProgressBar;
+use tempfile::TempDir;
+
+use super::fleet::{Fleet, Frontends};
+use super::frames::Frames;
+use super::trial::{Outcome, Trial};
+use crate::client::Cpus;
+use crate::host::{Host, hugepages_hint};
+use crate::peers::{self, Place, Setup, Switch};
+use crate::process::{Priority, pin};
+use crate::results::{FORMAT, Saved, Version};
+use crate::sentinel::{Placement, look};
+
+/// From stopping the switch to the sentinel, and how long that plays.
+const SETTLE: Duration = Duration::from_millis(20);
+const SENTINEL: Duration = Duration::from_millis(15);
+
+/// The switch to measure.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "The switch")]
+pub(crate) struct Target {
+    /// A vhost-user socket that a switch serves, one per port; again for each port
+    #[arg(
+        long = "socket",
+        value_name = "PATH",
+        required_unless_present = "switch"
+    )]
+    pub(crate) sockets: Vec<PathBuf>,
+    /// Or start one: ringway, ovs, testpmd, vpp
+    #[arg(long, value_name = "NAME", conflicts_with = "sockets")]
+    pub(crate) switch: Option<String>,
+    /// Ports of a switch that is started
+    #[arg(long, value_name = "NUMBER", default_value_t = 2, value_parser = clap::value_parser!(u32).range(2..=1024))]
+    pub(crate) ports: u32,
+    /// The CPU of a switch that is started
+    #[arg(long, value_name = "CPU", default_value_t = 0)]
+    pub(crate) switch_cpu: usize,
+    /// The CPU of the generator [default: 1, or the only one there is]
+    #[arg(long, value_name = "CPU")]
+    pub(crate) client_cpu: Option<usize>,
+    /// The ringway binary [default: the one beside ringway-bench, then PATH]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) ringway: Option<PathBuf>,
+    /// The vpp binary
+    #[arg(long, value_name = "PATH")]
+    pub(crate) vpp: Option<PathBuf>,
+    /// The priority of switch and generator, as root
+    #[arg(long, default_value_t = -20, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-20..=0))]
+    pub(crate) nice: i32,
+}
+
+/// A started switch, its directory, and where things run.
+pub(crate) struct Started {
+    // Dropped in this order.
+    pub(crate) switch: Box<dyn Switch>,
+    #[allow(dead_code, reason = "lives as long as the switch")]
+    pub(crate) directory: TempDir,
+    pub(crate) cpus: Cpus,
+}
+
+impl Target {
+    /// The switch's CPU, the generator's, that of all else.
+    pub(crate) fn cpus(&self) -> Result<Cpus> {
+        let count = std::thread::available_parallelism()?.get();
+        let client = self.client_cpu.unwrap_or(usize::from(count > 1));
+        let third = (0..count).find(|cpu| ![self.switch_cpu, client].contains(cpu));
+        Ok(Cpus {
+            switch: self.switch_cpu,
+            client,
+            control: third.unwrap_or(self.switch_cpu),
+        })
+    }
+
+    /// Starts the switch that was named, with room for `setup`.
+    pub(crate) fn start(&self, name: &str, setup: Setup) -> Result<Started> {
+        let cpus = self.cpus()?;
+        let all = peers::all(self.ringway.as_deref(), self.vpp.as_deref());
+        let names: Vec<_> = all.iter().map(|peer| peer.name()).collect();
+        let Some(peer) = all.iter().find(|peer| peer.name() == name) else {
+            let hint = if name == "vpp" {
+                " (--vpp PATH names its binary)"
+            } else {
+                ""
+            };
+            bail!(
+                "--switch: there is no switch {name:?}; there are: {}{hint}",
+                names.join(", ")
+            );
+        };
+        if let Some(missing) = peer.missing() {
+            bail!("{missing}");
+        }
+        let directory = tempfile::Builder::new()
+            .prefix("rwb")
+            .tempdir()
+            .context("a directory for sockets")?;
+        let place = Place {
+            directory: directory.path().to_owned(),
+            cpus,
+        };
+        let switch = peer
+            .start(setup, &place)
+            .with_context(|| format!("{name}: cannot be started{}", hugepages_hint()))?;
+        Ok(Started {
+            switch,
+            directory,
+            cpus,
+        })
+    }
+}
+
+/// A switch with the generator's ports attached, wired and announced.
+pub(crate) struct Session {
+    // Dropped before the switch: the farewell needs one that runs.
+    pub(crate) fleet: Fleet,
+    pub(crate) started: Option<Started>,
+    pub(crate) saved: Saved,
+    /// Name of the switch.
+    pub(crate) peer: String,
+    pub(crate) ports: usize,
+    /// Where the two CPUs were, before and after the last trial.
+    pub(crate) placement: Option<Placement>,
+    bar: ProgressBar,
+    #[allow(dead_code, reason = "holds until the end")]
+    priority: Option<Priority>,
+}
+
+impl Session {
+    /// Starts the switch if one is named, attaches a port to each socket, wires and announces.
+    pub(crate) fn open(target: &Target, frontends: &Frontends, frames: &Frames) -> Result<Self> {
+        let mut session = Self::attached(target, frontends, frames, None)?;
+        let wires = frames.wires(session.ports)?;
+        session
+            .fleet
+            .wire(&wires, frames.stations, frames.broadcast)?;
+        session.fleet.announce(frames.stations)?;
+        Ok(session)
+    }
+
+    /// The same without streams, on a switch that has more ports than the generator takes: `take` of them.
+    pub(crate) fn attached(
+        target: &Target,
+        frontends: &Frontends,
+        frames: &Frames,
+        take: Option<usize>,
+    ) -> Result<Self> {
+        ensure!(
+            target.switch.is_none() || !frontends.listen,
+            "--listen: a switch that is started listens itself"
+        );
+        let cpus = target.cpus()?;
+        let priority = target.switch.as_ref().map(|_| Priority::raise(target.nice));
+        let mut frontends = frontends.clone();
+        if frontends.cpus.is_empty() && cpus.client != cpus.switch {
+            frontends.cpus = vec![cpus.client];
+        }
+        let setup = Setup {
+            ports: target.ports as usize,
+            jumbo: frames.size.longest() > 1518,
+            stations: frames.stations > 8000,
+        };
+        let started = target
+            .switch
+            .as_deref()
+            .map(|name| target.start(name, setup))
+            .transpose()?;
+        let sockets = match &started {
+            Some(started) => started.switch.sockets(),
+            None => &target.sockets,
+        };
+        let take = take.unwrap_or(sockets.len()).min(sockets.len());
+        pin(&[cpus.control]).context("the coordinator's CPU")?;
+        let fleet = super::attach(&frontends, &sockets[..take], frames)?;
+        let nice = priority.as_ref().map_or(0, Priority::nice);
+        let mut saved = saved(fleet.tsc_hz, cpus, nice);
+        saved.caveats.clone_from(&fleet.caveats);
+        let peer = target.switch.clone().unwrap_or_else(|| "switch".to_owned());
+        if let Some(started) = &started {
+            saved.versions.push(Version {
+                name: peer.clone(),
+                version: started.switch.version().to_owned(),
+            });
+        }
+        Ok(Self {
+            ports: take,
+            fleet,
+            started,
+            saved,
+            peer,
+            placement: None,
+            bar: super::bar(),
+            priority,
+        })
+    }
+
+    /// Runs a trial with a progress bar, and looks how far apart the CPUs are before and after it, if the switch is ours to stop.
+    pub(crate) fn trial(&mut self, trial: &Trial) -> Result<Outcome> {
+        let before = self.look();
+        let bar = self.bar.clone();
+        bar.set_position(0);
+        let outcome = self.fleet.run(trial, &mut |share, mpps| {
+            bar.set_position((share * 1000.0) as u64);
+            bar.set_message(format!("{mpps:.2} Mpps"));
+        });
+        let after = self.look();
+        self.placement = match (before, after) {
+            (Some(before), Some(after)) => Some(Placement::between(before, after)),
+            _ => None,
+        };
+        outcome
+    }
+
+    /// The sentinel's round trip in nanoseconds.
+    pub(crate) fn look(&self) -> Option<f64> {
+        let started = self.started.as_ref()?;
+        let pair = started.cpus.pair();
+        if pair[0] == pair[1] || started.switch.proc().pause().is_err() {
+            return None;
+        }
+        std::thread::sleep(SETTLE);
+        let reading = look(pair, SENTINEL);
+        let resumed = started.switch.proc().resume();
+        // What came to rest gets going again.
+        std::thread::sleep(SETTLE / 4);
+        resumed
+            .and(reading)
+            .ok()
+            .map(|reading| reading.round_trip_ns)
+    }
+
+    /// Says something above the bar.
+    pub(crate) fn say(&self, line: &str) {
+        self.bar.suspend(|| eprintln!("{line}"));
+    }
+
+    /// Takes leave of the switch, prints and writes what there is.
+    pub(crate) fn finish(mut self, complete: bool, json: Option<&Path>, text: &str) -> Result<()> {
+        self.bar.finish_and_clear();
+        self.saved.complete = complete;
+        write_out(&self.saved, json, text)?;
+        self.fleet.detach();
+        Ok(())
+    }
+}
+
+/// Prints the text with its caveats, or writes JSON, or both.
+pub(crate) fn write_out(saved: &Saved, json: Option<&Path>, text: &str) -> Result<()> {
+    match json {
+        Some(path) if path.as_os_str() == "-" => {
+            println!("{}", serde_json::to_string_pretty(saved)?);
+            return Ok(());
+        }
+        Some(path) => saved.write(path)?,
+        None => {}
+    }
+    print!("{text}");
+    for caveat in &saved.caveats {
+        println!("  note: {caveat}");
+    }
+    Ok(())
+}
+
+/// An empty run on this machine.
+pub(crate) fn saved(tsc_hz: f64, cpus: Cpus, nice: i32) -> Saved {
+    Saved {
+        format: FORMAT,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        command: std::env::args().collect(),
+        started: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs(),
+        host: Host::look(tsc_hz),
+        cpus: [cpus.switch, cpus.client, cpus.control],
+        nice,
+        complete: true,
+        versions: vec![Version {
+            name: "client".to_owned(),
+            version: format!("ringway-bench {}", env!("CARGO_PKG_VERSION")),
+        }],
+        caveats: Vec::new(),
+        measurements: Vec::new(),
+    }
+}
