@@ -1,0 +1,656 @@
+//! One VF: opened, reset, agreed upon with its PF, started; its addresses, its link.
+//!
+//! The order of every step is that of the vendor's drivers (82599 §4.6): what a reset leaves alone is written, RESET comes before
+//! any other message, the longest frame is always told, and a receive tail is written only once its queue runs.
+
+use std::collections::BTreeSet;
+use std::ffi::CStr;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::dma::Ring;
+use crate::error::{Error, Result};
+use crate::iova::IovaSpace;
+use crate::mailbox::{
+    Api, Cast, MULTICAST_MAX, Mac, Mailbox, MailboxError, QueueGrant, multicast_hash,
+};
+use crate::mmio::{Bar, GONE};
+use crate::regs;
+use crate::rx::RxQueue;
+use crate::stats::{Counters, Statistics};
+use crate::transport::Transport;
+use crate::tx::TxQueue;
+
+/// VFs that have this register map: 82599, the same under Hyper-V, X540, X550, X550EM.
+const DEVICES: [u16; 6] = [0x10ED, 0x152E, 0x1515, 0x1565, 0x15A8, 0x15C5];
+/// FCS, which the PF counts and this crate does not.
+const FCS: u32 = 4;
+/// Longest frame without a VLAN tag at an MTU of 1500.
+pub const FRAME_STANDARD: u32 = 1514;
+/// Longest frame of any PF: 9728 with FCS.
+pub const FRAME_JUMBO: u32 = 9728 - FCS;
+/// Bytes by which a tagged frame may be longer.
+pub const TAG: u32 = 4;
+/// Further addresses that one message can number.
+const ADDRESSES_MAX: usize = 255;
+/// The vector of the mailbox; queues share 0 and 1.
+const MAILBOX_VECTOR: u32 = 2;
+
+/// How a VF is set up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Queue pairs wanted: 1, 2 or 4; the PF may grant fewer.
+    pub queues: u32,
+    /// Receive descriptors per queue, a power of two from 128 to 4096.
+    pub rx_ring: u32,
+    /// Transmit descriptors per queue, a power of two from 128 to 4096.
+    pub tx_ring: u32,
+    /// Longest untagged frame without FCS, up to [`FRAME_JUMBO`].
+    pub max_frame: u32,
+    /// The VF's address; without it the PF's, or a random one.
+    pub mac: Option<Mac>,
+    /// VLAN tags are moved from received frames to [`crate::rx::RxFrame::vlan`].
+    pub strip_vlan: bool,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            queues: 1,
+            rx_ring: 512,
+            tx_ring: 512,
+            max_frame: FRAME_STANDARD,
+            mac: None,
+            strip_vlan: false,
+        }
+    }
+}
+
+/// A pair of queues.
+pub struct QueuePair {
+    /// Receive.
+    pub rx: RxQueue,
+    /// Transmit.
+    pub tx: TxQueue,
+}
+
+/// How the VF is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// The link is up, at this many Mbit/s.
+    Up(u32),
+    /// No link; nothing to do but wait.
+    Down,
+    /// The PF forgot this VF, or the device is gone: drop the queues and [`Vf::reset`].
+    Lost(MailboxError),
+}
+
+/// A Virtual Function. One control thread; its queues go to workers.
+///
+/// Dropping it resets the device. Queues that outlive it see no more frames.
+pub struct Vf {
+    transport: Arc<dyn Transport>,
+    bar: Bar,
+    mailbox: Mailbox,
+    options: Options,
+    space: Arc<Mutex<IovaSpace>>,
+    /// One eventfd per vector.
+    signals: Vec<Arc<OwnedFd>>,
+    /// Alive in every queue that was handed out.
+    lease: Arc<()>,
+    counters: Counters,
+    filter_type: u32,
+    grant: QueueGrant,
+    mac: Mac,
+    mac_from_pf: bool,
+    max_frame: u32,
+    lost: Option<MailboxError>,
+    addresses: Vec<Mac>,
+    multicast: Vec<Mac>,
+    vlans: BTreeSet<u16>,
+    cast: Cast,
+}
+
+impl Vf {
+    /// Takes a device over: checks what it is, resets it, and agrees with its PF. It passes no frames yet.
+    pub fn open(transport: Arc<dyn Transport>, options: &Options) -> Result<Vf> {
+        let device = transport.name();
+        check(options).map_err(|what| Error::Setup {
+            device: device.clone(),
+            what,
+        })?;
+        identify(&*transport)?;
+        let io = |what| {
+            let device = device.clone();
+            move |source| Error::Io {
+                device,
+                what,
+                source,
+            }
+        };
+        let bar = transport
+            .clone()
+            .registers()
+            .map_err(io("mapping the registers (BAR0)"))?;
+        // What a killed process left behind ends here: rings, interrupts, the PF's opinion of us.
+        match transport.reset() {
+            Err(error) if error.kind() != io::ErrorKind::Unsupported => {
+                return Err(io("function-level reset")(error));
+            }
+            _ => {}
+        }
+        let signals = (0..transport.vectors().min(MAILBOX_VECTOR + 1))
+            .map(|_| {
+                eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+                    .map(Arc::new)
+                    .map_err(|errno| io("eventfd")(errno.into()))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let mut vf = Vf {
+            mailbox: Mailbox::new(bar.clone(), transport.clone()),
+            space: Arc::new(Mutex::new(IovaSpace::new(&transport.iova_ranges()))),
+            transport,
+            bar,
+            options: options.clone(),
+            signals,
+            lease: Arc::new(()),
+            counters: Counters::new(),
+            filter_type: 0,
+            grant: QueueGrant { tx: 1, rx: 1 },
+            mac: [0; 6],
+            mac_from_pf: false,
+            max_frame: FRAME_STANDARD,
+            lost: None,
+            addresses: Vec::new(),
+            multicast: Vec::new(),
+            vlans: BTreeSet::new(),
+            cast: Cast::Multi,
+        };
+        vf.counters.rebase(&vf.bar);
+        vf.reset()?;
+        let signals: Vec<_> = vf.signals.iter().map(|fd| Some(fd.as_fd())).collect();
+        vf.transport
+            .set_interrupts(&signals)
+            .map_err(io("setting up MSI-X"))?;
+        Ok(vf)
+    }
+
+    /// Resets the VF and agrees with its PF anew; registers all addresses again. Every queue must have been dropped.
+    pub fn reset(&mut self) -> Result<()> {
+        self.no_queues()?;
+        // 1. Silence: no queue runs, no interrupt fires.
+        self.quiesce();
+        if self.bar.read(regs::VFSTATUS) == GONE {
+            return Err(self.pf("reset", MailboxError::Gone));
+        }
+        self.counters.update(&self.bar);
+        // 2. Reset.
+        self.mailbox.forget();
+        self.bar.write(regs::VFCTRL, regs::CTRL_RST);
+        let _ = self.bar.read(regs::VFSTATUS);
+        self.transport.pause(Duration::from_millis(50));
+        self.wait_for_pf()?;
+        self.counters.rebase(&self.bar);
+        // 3. What a reset leaves alone.
+        self.write_defaults();
+        // 4. Agree with the PF.
+        let reply = self
+            .mailbox
+            .reset()
+            .map_err(|error| self.pf("RESET", error))?;
+        self.filter_type = reply.filter_type;
+        self.lost = None;
+        self.mailbox
+            .negotiate()
+            .map_err(|error| self.pf("agreeing on an API version", error))?;
+        let grant = self
+            .mailbox
+            .queues()
+            .map_err(|error| self.pf("asking for queues", error))?;
+        self.grant = grant.unwrap_or(QueueGrant { tx: 1, rx: 1 });
+        self.settle_mac(reply.mac)?;
+        self.settle_max_frame()?;
+        // 5. All that the PF forgot.
+        self.register_again()
+    }
+
+    /// Starts queues: as many pairs as wanted and granted, a power of two.
+    pub fn start(&mut self) -> Result<Vec<QueuePair>> {
+        self.no_queues()?;
+        let most = self.options.queues.min(self.grant.rx).min(self.grant.tx);
+        let count = 1 << most.max(1).ilog2();
+        self.bar
+            .write(regs::VFPSRTYPE, (count >> 1) << regs::PSRTYPE_RQPL_SHIFT);
+        let pairs = (0..count)
+            .map(|queue| self.start_pair(queue))
+            .collect::<Result<Vec<_>>>()?;
+        self.route_interrupts(count);
+        Ok(pairs)
+    }
+
+    fn start_pair(&self, queue: u32) -> Result<QueuePair> {
+        let ring = |size, name: &CStr| {
+            Ring::new(&self.transport, &self.space, size, name).map_err(|source| Error::Io {
+                device: self.transport.name(),
+                what: "memory for the rings (memlock limit, hugepages?)",
+                source,
+            })
+        };
+        let stuck = |what| Error::Stuck {
+            device: self.transport.name(),
+            what,
+        };
+        let vector = self.queue_vector(queue);
+        let mut rx = RxQueue::new(
+            ring(self.options.rx_ring, c"vfio-pmd-rx")?,
+            self.bar.clone(),
+            queue,
+            (vector, self.signals.get(vector as usize).cloned()),
+            self.transport.clone(),
+            self.lease.clone(),
+        );
+        let mut tx = TxQueue::new(
+            ring(self.options.tx_ring, c"vfio-pmd-tx")?,
+            self.bar.clone(),
+            queue,
+            self.max_frame + TAG,
+            self.transport.clone(),
+            self.lease.clone(),
+        );
+        tx.start().map_err(stuck)?;
+        rx.start(self.options.strip_vlan).map_err(stuck)?;
+        Ok(QueuePair { rx, tx })
+    }
+
+    /// A look at link and mailbox; a few register reads. Call it some ten times a second, or when [`Vf::mailbox_signal`] fires.
+    pub fn health(&mut self) -> Health {
+        if let Some(error) = self.lost {
+            return Health::Lost(error);
+        }
+        let links = self.bar.read(regs::VFLINKS);
+        if links == GONE {
+            return self.lose(MailboxError::Gone);
+        }
+        // The mailbox interrupt masked itself.
+        self.bar.write(regs::VTEIMS, 1 << MAILBOX_VECTOR);
+        if let Err(error) = self.mailbox.listen() {
+            return self.lose(error);
+        }
+        if links & regs::LINKS_UP == 0 {
+            return Health::Down;
+        }
+        // SFP+ and direct-attach cables flicker: up is what stays up.
+        for _ in 0..5 {
+            self.transport.pause(Duration::from_micros(100));
+            if self.bar.read(regs::VFLINKS) & regs::LINKS_UP == 0 {
+                return Health::Down;
+            }
+        }
+        Health::Up(match links >> 28 & 3 {
+            3 => 10_000,
+            2 => 1000,
+            1 => 100,
+            _ => 0,
+        })
+    }
+
+    fn lose(&mut self, error: MailboxError) -> Health {
+        self.lost = Some(error);
+        Health::Lost(error)
+    }
+
+    /// Registers further unicast addresses in place of those before; says for each whether the PF took it.
+    pub fn set_addresses(&mut self, wanted: &[Mac]) -> Result<Vec<bool>> {
+        self.note(Mailbox::clear_addresses)
+            .map_err(|error| self.pf("clearing addresses", error))?;
+        self.addresses.clear();
+        wanted.iter().map(|mac| self.add_address(*mac)).collect()
+    }
+
+    /// Registers one more unicast address; false if the PF refuses. PFs share one pool of about a hundred among all VFs of a port,
+    /// and refuse an untrusted VF whose own address they set.
+    pub fn add_address(&mut self, mac: Mac) -> Result<bool> {
+        if self.addresses.contains(&mac) {
+            return Ok(true);
+        }
+        // The first of a list has number 1, which makes the PF forget the list before.
+        let index = self.addresses.len() + 1;
+        if index > ADDRESSES_MAX {
+            return Ok(false);
+        }
+        match self.note(|mailbox| mailbox.add_address(index as u32, mac)) {
+            Ok(()) => {
+                self.addresses.push(mac);
+                Ok(true)
+            }
+            Err(MailboxError::Refused) => Ok(false),
+            Err(error) => Err(self.pf("registering an address", error)),
+        }
+    }
+
+    /// The further addresses that are registered.
+    pub fn addresses(&self) -> &[Mac] {
+        &self.addresses
+    }
+
+    /// Replaces the multicast addresses; asks for all multicast if they are more than a PF keeps.
+    pub fn set_multicast(&mut self, wanted: &[Mac]) -> Result<()> {
+        self.multicast = wanted.to_vec();
+        let mut hashes: Vec<u16> = wanted
+            .iter()
+            .map(|mac| multicast_hash(*mac, self.filter_type))
+            .collect();
+        hashes.sort_unstable();
+        hashes.dedup();
+        if hashes.len() > MULTICAST_MAX {
+            hashes.truncate(MULTICAST_MAX);
+            self.set_cast(self.cast.max(Cast::AllMulti))?;
+        }
+        self.note(|mailbox| mailbox.set_multicast(&hashes))
+            .map_err(|error| self.pf("registering multicast addresses", error))
+    }
+
+    /// Asks for more frames than those for registered addresses; says what was granted, which may be less. Without an answer to be
+    /// had (old PFs, a refusal) it is what every VF has.
+    pub fn set_cast(&mut self, wanted: Cast) -> Result<Cast> {
+        self.cast = wanted;
+        match self.note(|mailbox| mailbox.cast(wanted)) {
+            Ok(granted) => Ok(granted),
+            Err(MailboxError::Refused) if wanted == Cast::Promiscuous => {
+                self.cast = Cast::AllMulti;
+                self.set_cast(Cast::AllMulti)
+            }
+            Err(MailboxError::Refused) => Ok(Cast::Multi),
+            Err(error) => Err(self.pf("asking for a multicast mode", error)),
+        }
+    }
+
+    /// Lets frames of a VLAN through, or no longer; false if the PF refuses (it gave this VF a VLAN of its own).
+    pub fn set_vlan(&mut self, vid: u16, on: bool) -> Result<bool> {
+        match self.note(|mailbox| mailbox.set_vlan(vid, on)) {
+            Ok(()) if on => self.vlans.insert(vid),
+            Ok(()) => self.vlans.remove(&vid),
+            Err(MailboxError::Refused) => return Ok(false),
+            Err(error) => return Err(self.pf("registering a VLAN", error)),
+        };
+        Ok(true)
+    }
+
+    /// Whether the PF's administrator lets the link be up, where the PF says it.
+    pub fn link_enabled(&mut self) -> Result<Option<bool>> {
+        self.note(Mailbox::link_enabled)
+            .map_err(|error| self.pf("asking for the link state", error))
+    }
+
+    /// The device's counters since it was opened.
+    pub fn statistics(&mut self) -> Statistics {
+        if self.bar.read(regs::VFSTATUS) == GONE {
+            return self.counters.last_known();
+        }
+        self.counters.update(&self.bar)
+    }
+
+    /// The VF's own address.
+    pub fn mac(&self) -> Mac {
+        self.mac
+    }
+
+    /// True if the PF's administrator set the address: an untrusted VF may then register no others.
+    pub fn mac_from_pf(&self) -> bool {
+        self.mac_from_pf
+    }
+
+    /// The version of the mailbox protocol that was agreed on.
+    pub fn api(&self) -> Api {
+        self.mailbox.api()
+    }
+
+    /// Queue pairs the PF grants.
+    pub fn queues_granted(&self) -> u32 {
+        self.grant.rx.min(self.grant.tx)
+    }
+
+    /// Longest untagged frame without FCS that the PF lets through.
+    pub fn max_frame(&self) -> u32 {
+        self.max_frame
+    }
+
+    /// Readable when the PF has something to say: time for [`Vf::health`].
+    pub fn mailbox_signal(&self) -> Option<Arc<OwnedFd>> {
+        self.signals.get(MAILBOX_VECTOR as usize).cloned()
+    }
+
+    /// Where the device is.
+    pub fn name(&self) -> String {
+        self.transport.name()
+    }
+
+    fn no_queues(&self) -> Result<()> {
+        if Arc::strong_count(&self.lease) == 1 {
+            return Ok(());
+        }
+        Err(Error::Setup {
+            device: self.transport.name(),
+            what: "its queues are still in use: drop them first".into(),
+        })
+    }
+
+    fn pf(&self, what: &'static str, source: MailboxError) -> Error {
+        Error::Pf {
+            device: self.transport.name(),
+            what,
+            source,
+        }
+    }
+
+    /// Talks to the PF and remembers if it turned out to have forgotten us.
+    fn note<T>(
+        &mut self,
+        talk: impl FnOnce(&mut Mailbox) -> std::result::Result<T, MailboxError>,
+    ) -> std::result::Result<T, MailboxError> {
+        let result = talk(&mut self.mailbox);
+        if let Err(error) = &result
+            && *error != MailboxError::Refused
+        {
+            self.lost = Some(*error);
+        }
+        result
+    }
+
+    fn quiesce(&self) {
+        for q in 0..regs::QUEUES_MAX {
+            self.bar.modify(regs::vfrxdctl(q), regs::DCTL_ENABLE, 0);
+        }
+        self.bar.write(regs::VTEIMC, regs::VECTORS_ALL);
+        let _ = self.bar.read(regs::VTEICR);
+        for q in 0..regs::QUEUES_MAX {
+            self.bar.write(regs::vftxdctl(q), regs::TXDCTL_SWFLSH);
+        }
+    }
+
+    fn wait_for_pf(&mut self) -> Result<()> {
+        for _ in 0..200 {
+            if !self.mailbox.pf_in_reset() {
+                return Ok(());
+            }
+            self.transport.pause(Duration::from_micros(500));
+        }
+        Err(Error::Stuck {
+            device: self.transport.name(),
+            what: "its PF is in reset",
+        })
+    }
+
+    /// Registers that neither a VF reset nor a function-level reset clears, for all queues a VF can have.
+    fn write_defaults(&self) {
+        let bar = &self.bar;
+        bar.write(regs::VFPSRTYPE, 0);
+        for q in 0..regs::QUEUES_MAX {
+            bar.write(regs::vfrdh(q), 0);
+            bar.write(regs::vfrdt(q), 0);
+            bar.write(regs::vfrxdctl(q), 0);
+            bar.write(regs::vfsrrctl(q), regs::SRRCTL_DEFAULT);
+            bar.write(regs::vfdca_rxctrl(q), regs::DCA_RXCTRL_DEFAULT);
+            bar.write(regs::vftdh(q), 0);
+            bar.write(regs::vftdt(q), 0);
+            bar.write(regs::vftxdctl(q), 0);
+            bar.write(regs::vftdwbal(q), 0);
+            bar.write(regs::vftdwbah(q), 0);
+            bar.write(regs::vfdca_txctrl(q), regs::DCA_TXCTRL_DEFAULT);
+        }
+    }
+
+    fn settle_mac(&mut self, given: Option<Mac>) -> Result<()> {
+        self.mac_from_pf = given.is_some();
+        let wanted = match (self.options.mac, given) {
+            (Some(mac), _) | (None, Some(mac)) => mac,
+            // Nobody chose: once random, then always the same.
+            (None, None) if self.mac != [0; 6] => self.mac,
+            (None, None) => random_mac().map_err(|source| Error::Io {
+                device: self.transport.name(),
+                what: "a random address",
+                source,
+            })?,
+        };
+        match self.mailbox.set_mac(wanted) {
+            Ok(()) => {}
+            Err(MailboxError::Refused) if given == Some(wanted) => {}
+            Err(error) => return Err(self.pf("setting the VF's address", error)),
+        }
+        self.mac = wanted;
+        Ok(())
+    }
+
+    /// Tells the longest frame, always: a PF with a larger MTU lets a VF receive nothing before that.
+    fn settle_max_frame(&mut self) -> Result<()> {
+        let wanted = self.options.max_frame;
+        for bytes in [wanted, FRAME_STANDARD] {
+            match self.mailbox.set_max_frame(bytes + FCS) {
+                Ok(()) => {
+                    self.max_frame = bytes;
+                    return Ok(());
+                }
+                Err(MailboxError::Refused) => {}
+                Err(error) => return Err(self.pf("setting the longest frame", error)),
+            }
+        }
+        Err(self.pf("setting the longest frame", MailboxError::Refused))
+    }
+
+    fn register_again(&mut self) -> Result<()> {
+        let addresses = std::mem::take(&mut self.addresses);
+        self.set_addresses(&addresses)?;
+        if self.api() >= Api::V1_2 {
+            self.set_cast(self.cast)?;
+        }
+        if !self.multicast.is_empty() {
+            self.set_multicast(&self.multicast.clone())?;
+        }
+        for vid in self.vlans.clone() {
+            if !self.set_vlan(vid, true)? {
+                self.vlans.remove(&vid);
+            }
+        }
+        Ok(())
+    }
+
+    fn queue_vector(&self, queue: u32) -> u32 {
+        queue % MAILBOX_VECTOR
+    }
+
+    /// Receive queues to vectors 0 and 1, the mailbox to 2. What is sent interrupts nobody.
+    fn route_interrupts(&self, queues: u32) {
+        for pair in 0..queues.div_ceil(2) {
+            let entry = |queue: u32, shift: u32| {
+                if queue < queues {
+                    (self.queue_vector(queue) | regs::IVAR_VALID) << shift
+                } else {
+                    0
+                }
+            };
+            self.bar.write(
+                regs::vtivar(2 * pair),
+                entry(2 * pair, 0) | entry(2 * pair + 1, 16),
+            );
+        }
+        self.bar
+            .write(regs::VTIVAR_MISC, MAILBOX_VECTOR | regs::IVAR_VALID);
+        for vector in 0..=MAILBOX_VECTOR {
+            self.bar.write(regs::vteitr(vector), 0);
+        }
+        // A cause clears and masks itself when its message leaves: whoever waits asks again.
+        self.bar.write(regs::VTEIAC, regs::VECTORS_ALL);
+        self.bar.write(regs::VTEIAM, regs::VECTORS_ALL);
+        self.bar.write(regs::VTEIMS, 1 << MAILBOX_VECTOR);
+    }
+}
+
+impl Drop for Vf {
+    fn drop(&mut self) {
+        self.quiesce();
+        self.bar.write(regs::VFCTRL, regs::CTRL_RST);
+        let _ = self.bar.read(regs::VFSTATUS);
+        if let Err(error) = self.transport.set_interrupts(&[]) {
+            log::warn!("{}: interrupts stay on: {error}", self.transport.name());
+        }
+    }
+}
+
+fn check(options: &Options) -> std::result::Result<(), String> {
+    if ![1, 2, 4].contains(&options.queues) {
+        return Err(format!("queues = {}: use 1, 2 or 4", options.queues));
+    }
+    for size in [options.rx_ring, options.tx_ring] {
+        if !size.is_power_of_two() || !(128..=4096).contains(&size) {
+            return Err(format!(
+                "a ring of {size}: use a power of two from 128 to 4096"
+            ));
+        }
+    }
+    if !(64..=FRAME_JUMBO).contains(&options.max_frame) {
+        return Err(format!(
+            "frames of {} bytes: use 64 to {FRAME_JUMBO}",
+            options.max_frame
+        ));
+    }
+    match options.mac {
+        Some(mac) if mac[0] & 1 != 0 || mac == [0; 6] => {
+            Err("its address must be a unicast address".into())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn identify(transport: &dyn Transport) -> Result<()> {
+    let mut ids = [0; 4];
+    transport
+        .read_config(0, &mut ids)
+        .map_err(|source| Error::Io {
+            device: transport.name(),
+            what: "reading configuration space",
+            source,
+        })?;
+    let vendor = u16::from_le_bytes([ids[0], ids[1]]);
+    let id = u16::from_le_bytes([ids[2], ids[3]]);
+    if vendor == 0x8086 && DEVICES.contains(&id) {
+        return Ok(());
+    }
+    Err(Error::NotAVf {
+        device: transport.name(),
+        vendor,
+        id,
+    })
+}
+
+/// A locally administered unicast address.
+fn random_mac() -> io::Result<Mac> {
+    let mut mac = [0; 6];
+    File::open("/dev/urandom")?.read_exact(&mut mac)?;
+    mac[0] = mac[0] & !1 | 2;
+    Ok(mac)
+}
