@@ -1,0 +1,170 @@
+//! H71 to H84: what an attacker sends.
+
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, ensure};
+use ringway::guest::traffic::Mac;
+use testkit::topology::frame;
+
+use super::api::{self, PATIENCE};
+use super::innocents::address;
+use super::rig::{Case, Wild, X, friend_mac};
+
+/// Sends many frames; `each` writes one and says how long it is.
+fn pour(wild: &mut Wild, frames: usize, mut each: impl FnMut() -> Vec<u8>) -> Result<()> {
+    let (mut left, end) = (frames, Instant::now() + PATIENCE);
+    while left > 0 {
+        left -= wild.queues.tx.send(left.min(64), |slot| {
+            let bytes = each();
+            slot.write(0, &bytes);
+            bytes.len()
+        });
+        ensure!(Instant::now() < end, "the switch takes no more frames");
+    }
+    Ok(())
+}
+
+fn knows(x: &X<'_>, number: u32, port: &str) -> Result<bool> {
+    let mac: Vec<String> = address(number).iter().map(|b| format!("{b:02x}")).collect();
+    let path = format!("/v1/fdb?mac={}&port={port}", mac.join(":"));
+    let page = api::ask(&x.rig.api, "GET", &path, "")?;
+    let page: serde_json::Value = serde_json::from_str(&page)?;
+    Ok(page["matching"].as_u64().context("a number of stations")? > 0)
+}
+
+#[test]
+fn h71_a_flood_of_stations_evicts_nobody_but_their_own() -> Result<()> {
+    Case::of("H71")
+        .config(|config| config.fdb.capacity = 2048)
+        .run(|x| {
+            let mut wild = x.attach(x.options())?;
+            wild.announce(x)?;
+            let to = friend_mac();
+            pour(&mut wild, 10_000, || {
+                let number = x.any().to_le_bytes();
+                let from: Mac = [2, number[0], number[1], number[2], number[3], number[4]];
+                frame(to, from, b"")
+            })?;
+            for (number, port) in [(0, "a"), (1, "b"), (2, "c"), (3, "d")] {
+                ensure!(knows(x, number, port)?, "port {port}'s station was evicted");
+            }
+            x.innocents_go_on()?;
+            x.is_kept()
+        })
+}
+
+#[test]
+fn h73_sources_that_nobody_may_have_are_dropped() -> Result<()> {
+    Case::of("H73").run(|x| {
+        let mut wild = x.attach(x.options())?;
+        let froms = [[0; 6], [0xff; 6], [1, 0, 0x5e, 0, 0, 1], [3, 2, 2, 2, 2, 2]];
+        for from in froms {
+            pour(&mut wild, 16, || frame(friend_mac(), from, b""))?;
+        }
+        x.wait_dropped("source_multicast", 64)?;
+        x.is_kept()
+    })
+}
+
+#[test]
+fn h77_runts_are_dropped_and_short_frames_go_through_as_they_are() -> Result<()> {
+    Case::of("H77").run(|x| {
+        let mut wild = x.attach(x.options())?;
+        wild.announce(x)?;
+        let before = x.dropped("runt")?;
+        let whole = frame(friend_mac(), x.mac(), &x.any().to_le_bytes());
+        for len in 1..14 {
+            pour(&mut wild, 1, || whole[..len].to_vec())?;
+        }
+        x.wait_dropped("runt", before + 13)?;
+        for len in [14, 15, 18, 40, 59] {
+            let short = &whole[..len];
+            x.friend_gets(short, || pour(&mut wild, 1, || short.to_vec()))?;
+        }
+        x.is_kept()
+    })
+}
+
+#[test]
+fn h77_h78_tags_are_read_by_nobody_and_change_nothing() -> Result<()> {
+    Case::of("H77 H78").run(|x| {
+        let mut wild = x.attach(x.options())?;
+        let tags = x.below(17) as usize;
+        let mut bytes = [&friend_mac()[..], &x.mac()].concat();
+        for _ in 0..tags {
+            bytes.extend([0x81, 0, x.any() as u8, x.any() as u8]);
+        }
+        // And cut in the middle of one.
+        bytes.extend([0x81, 0]);
+        bytes.extend(x.any().to_le_bytes());
+        x.friend_gets(&bytes, || pour(&mut wild, 1, || bytes.clone()))?;
+        x.is_kept()
+    })
+}
+
+#[test]
+fn h79_h97_link_local_protocols_are_never_forwarded() -> Result<()> {
+    Case::of("H79 H97").run(|x| {
+        let mut wild = x.attach(x.options())?;
+        wild.announce(x)?;
+        let before = x.dropped("reserved_mac")?;
+        for last in 0..16 {
+            let to = [1, 0x80, 0xc2, 0, 0, last];
+            let from = x.mac();
+            pour(&mut wild, 1, || frame(to, from, b"pause"))?;
+        }
+        x.wait_dropped("reserved_mac", before + 16)?;
+        x.is_kept()
+    })
+}
+
+#[test]
+fn h80_h81_who_sends_without_end_to_everybody_in_its_bridge_costs_the_others_no_frame() -> Result<()>
+{
+    Case::of("H75 H80 H81").apart().run(|x| {
+        let mut wild = x.attach(x.options())?;
+        let len = x.one_of(&[60, 200, 1514]);
+        let to = x.one_of(&[[0xff; 6], [2; 6], friend_mac()]);
+        let mut bytes = frame(to, x.mac(), b"a storm");
+        bytes.resize(len, 0);
+        pour(&mut wild, 5000, || bytes.clone())?;
+        x.innocents_go_on()?;
+        x.is_kept()
+    })
+}
+
+#[test]
+fn h83_a_frame_for_its_own_port_is_not_reflected() -> Result<()> {
+    Case::of("H83").run(|x| {
+        let mut wild = x.attach(x.options())?;
+        wild.announce(x)?;
+        let me = x.mac();
+        let before = x.dropped("hairpin")?;
+        pour(&mut wild, 32, || frame(me, me, b"to myself"))?;
+        x.wait_dropped("hairpin", before + 32)?;
+        x.is_kept()
+    })
+}
+
+#[test]
+fn h84_stations_that_differ_in_few_bits_do_not_pile_up() -> Result<()> {
+    Case::of("H84")
+        .config(|config| config.fdb.capacity = 2048)
+        .run(|x| {
+            let mut wild = x.attach(x.options())?;
+            wild.announce(x)?;
+            // Neighbours, and numbers that differ only where a weak hash does not look.
+            let (step, to) = (1u64 << x.below(40), friend_mac());
+            let mut number = 0u64;
+            pour(&mut wild, 5000, || {
+                number = number.wrapping_add(step);
+                let b = number.to_le_bytes();
+                frame(to, [b[0] & 0xfc | 2, b[1], b[2], b[3], b[4], b[5]], b"")
+            })?;
+            ensure!(
+                knows(x, 0, "a")? && knows(x, 3, "d")?,
+                "an innocent was evicted"
+            );
+            x.is_kept()
+        })
+}
