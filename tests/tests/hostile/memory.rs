@@ -143,7 +143,7 @@ fn h33_h39_tables_that_cannot_be_are_refused_and_nothing_stays_mapped() -> Resul
                 ..good
             }],
             6 => vec![RegionEntry {
-                user: u64::MAX & !4095,
+                user: !4095,
                 ..good
             }],
             _ => vec![RegionEntry {
@@ -212,8 +212,10 @@ fn h34_a_sparse_file_is_not_filled_at_our_expense() -> Result<()> {
             offset: 0,
         };
         let table = mem_table(&[whole(&memory), sparse]);
-        wild.talk()?
-            .say_with(req::SET_MEM_TABLE, &table, &[memory.fd(), file.as_fd()])?;
+        let talk = wild.talk()?;
+        talk.say_with(req::SET_MEM_TABLE, &table, &[memory.fd(), file.as_fd()])?;
+        talk.say(req::GET_FEATURES, &[])?;
+        talk.hear()?;
         // One frame per page that nobody ever touched: more pages than 64 MiB have.
         let end = Instant::now() + PATIENCE;
         for page in 0..20_000 {

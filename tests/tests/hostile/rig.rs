@@ -4,6 +4,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
@@ -50,7 +51,7 @@ impl Case {
             number,
             at_once: 4,
             seeds: SEEDS,
-            bridge: "default",
+            bridge: "wild",
             config: |_| (),
         }
     }
@@ -67,9 +68,10 @@ impl Case {
         self
     }
 
-    /// The attackers are in a bridge of their own: what they may send there in any quantity would fill the innocents' rings.
-    pub(super) fn apart(mut self) -> Case {
-        self.bridge = "wild";
+    /// The attackers are in the innocents' bridge. Else they are not: what others send to an attacker that was put out is
+    /// flooded, in any quantity, and would fill the innocents' rings.
+    pub(super) fn beside(mut self) -> Case {
+        self.bridge = "default";
         self
     }
 
@@ -212,14 +214,11 @@ impl Rig {
         };
         std::thread::scope(|scope| {
             let attackers: Vec<_> = (0..case.at_once).map(|_| scope.spawn(visits)).collect();
-            attackers
-                .into_iter()
-                .map(|attacker| {
-                    attacker
-                        .join()
-                        .map_err(|_| anyhow!("an attacker panicked"))?
-                })
-                .collect()
+            let join = |attacker: ScopedJoinHandle<'_, Result<()>>| {
+                let ended = attacker.join();
+                ended.map_err(|_| anyhow!("an attacker panicked"))?
+            };
+            attackers.into_iter().try_for_each(join)
         })
     }
 

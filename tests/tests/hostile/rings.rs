@@ -69,7 +69,7 @@ impl Hand {
         // The first one last: the switch looks there.
         for (index, &(addr, len, flags)) in chain.iter().enumerate().rev() {
             let at = self.next + index as u32;
-            let lap = if at / size % 2 == 0 {
+            let lap = if (at / size).is_multiple_of(2) {
                 flag::AVAIL
             } else {
                 flag::USED
@@ -95,7 +95,7 @@ impl Hand {
         if self.packed {
             // The oldest one: used in the last lap.
             let (_, _, _, flags) = raw.desc((self.next % size) as u16);
-            let lap = (self.next / size - 1) % 2 == 0;
+            let lap = (self.next / size - 1).is_multiple_of(2);
             return (flags & flag::AVAIL != 0) == lap && (flags & flag::USED != 0) == lap;
         }
         self.posted.wrapping_sub(raw.used_idx()) < self.size

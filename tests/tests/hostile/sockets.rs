@@ -45,7 +45,7 @@ fn shaken(x: &X<'_>) -> Result<Talk> {
 
 #[test]
 fn h00_a_guest_that_behaves_costs_nobody_anything() -> Result<()> {
-    Case::of("H0").run(|x| {
+    Case::of("H0").beside().run(|x| {
         let mut wild = x.attach(x.options())?;
         wild.announce(x)?;
         x.gets_frames(100, 200)?;
@@ -311,7 +311,7 @@ fn h09_a_size_that_changes_while_the_ring_runs_is_taken_between_two_turns() -> R
 #[test]
 fn h10_ring_addresses_outside_the_memory_or_askew_are_refused() -> Result<()> {
     Case::of("H10").run(|x| {
-        let wild = x.attach(x.options())?;
+        let wild = x.attach(x.plain())?;
         let (talk, memory) = (wild.talk()?, wild.memory()?);
         let (start, end) = (memory.uva(), memory.uva() + memory.len());
         let bad = x.one_of(&[
@@ -323,7 +323,7 @@ fn h10_ring_addresses_outside_the_memory_or_askew_are_refused() -> Result<()> {
             end - 16,
             0,
             0xffff_8000_0000_0000,
-            u64::MAX & !15,
+            !15,
         ]);
         let (good, ring) = (start, x.below(2) as u32);
         let payload = match x.below(3) {
