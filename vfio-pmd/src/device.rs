@@ -110,6 +110,7 @@ pub struct Vf {
     mac_from_pf: bool,
     max_frame: u32,
     lost: Option<MailboxError>,
+    interrupts_on: bool,
     addresses: Vec<Mac>,
     multicast: Vec<Mac>,
     vlans: BTreeSet<u16>,
@@ -166,6 +167,7 @@ impl Vf {
             mac_from_pf: false,
             max_frame: FRAME_STANDARD,
             lost: None,
+            interrupts_on: false,
             addresses: Vec::new(),
             multicast: Vec::new(),
             vlans: BTreeSet::new(),
@@ -177,6 +179,7 @@ impl Vf {
         vf.transport
             .set_interrupts(&signals)
             .map_err(io("setting up MSI-X"))?;
+        vf.interrupts_on = true;
         Ok(vf)
     }
 
@@ -595,7 +598,9 @@ impl Drop for Vf {
         self.quiesce();
         self.bar.write(regs::VFCTRL, regs::CTRL_RST);
         let _ = self.bar.read(regs::VFSTATUS);
-        if let Err(error) = self.transport.set_interrupts(&[]) {
+        if self.interrupts_on
+            && let Err(error) = self.transport.set_interrupts(&[])
+        {
             log::warn!("{}: interrupts stay on: {error}", self.transport.name());
         }
     }

@@ -30,6 +30,7 @@ pub mod rx;
 mod stats;
 pub mod transport;
 pub mod tx;
+pub mod vfio;
 pub mod vfio_user;
 
 pub use device::{Health, Options, QueuePair, Vf};
