@@ -117,7 +117,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Fdb(command) => fdb::run(command, &common.client(), output)?,
         Command::Stats(args) => stats::run(args, &common.client(), output)?,
         Command::Reload(args) => reload::run(args, &common.client(), output)?,
-        Command::Doctor(args) => return doctor::run(args, output),
+        Command::Doctor(args) => return doctor::run(args, &common.client(), output),
         Command::Version => version::run(&common.client(), output)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use clap::{Args, ValueEnum};
-use log::{error, info};
+use log::{error, info, warn};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -15,10 +15,14 @@ use super::port::absolute_socket;
 use crate::control::api::{Origin, Reload, reload};
 use crate::control::config::{Config, ConfigError, Workers};
 use crate::control::cpu::{self, HostCpus};
+use crate::control::sandbox::{self, Mode};
 use crate::control::serve::{Api, ApiSettings};
+use crate::control::socket::make_dir;
 use crate::control::spec::{list, parse_port};
-use crate::control::state::Idle;
+use crate::control::state::{Idle, SocketMode};
 use crate::control::switch::Switch;
+use crate::port::call;
+use crate::virtio::guest_mem::can_arm;
 
 /// What to run.
 #[derive(Debug, Args)]
@@ -45,6 +49,13 @@ pub(super) struct RunArgs {
     /// A port; `ringway port add --help` lists its keys.
     #[arg(long = "port", value_name = "TYPE:NAME,KEY=VALUE,...")]
     ports: Vec<String>,
+    /// A directory below which ports may have their sockets, also those that are added later; given once for each. The
+    /// directories of the control socket and of the ports it starts with are always among them.
+    #[arg(long = "socket-dir", value_name = "DIR")]
+    socket_dirs: Vec<PathBuf>,
+    /// What the process gives up when it starts.
+    #[arg(long, value_enum, default_value_t)]
+    sandbox: SandboxArg,
     /// Only check the configuration.
     #[arg(long)]
     check: bool,
@@ -56,6 +67,17 @@ enum IdleArg {
     Poll,
     /// Sleep after a while without frames, wake on a kick or a timer.
     Adaptive,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum SandboxArg {
+    /// Capabilities, system calls (seccomp) and files (Landlock) that the switch does not need.
+    #[default]
+    On,
+    /// The same, and any call that is not listed kills it: for tests.
+    Strict,
+    /// Nothing: for debuggers.
+    Off,
 }
 
 pub(super) fn run(args: &RunArgs, api: Option<&Path>) -> anyhow::Result<()> {
@@ -90,6 +112,7 @@ pub(super) fn run(args: &RunArgs, api: Option<&Path>) -> anyhow::Result<()> {
         file,
         api_given: api.is_some(),
     };
+    give_up(args, &config, file_dir(origin.file.as_deref()))?;
     let settings = ApiSettings {
         path: config.api_path(),
         mode: config.api_mode.unwrap_or(ApiSettings::MODE),
@@ -119,6 +142,53 @@ pub(super) fn run(args: &RunArgs, api: Option<&Path>) -> anyhow::Result<()> {
     drop(api);
     switch.stop();
     obeyed
+}
+
+/// The directory of a file that may be read again.
+fn file_dir(file: Option<&Path>) -> Option<PathBuf> {
+    Some(file?.parent()?.to_owned())
+}
+
+/// Gives up what the switch does not need. From here on threads may start.
+fn give_up(args: &RunArgs, config: &Config, readable: Option<PathBuf>) -> anyhow::Result<()> {
+    // What is opened once, before nothing more can be.
+    if let Err(error) = call::prepare() {
+        warn!(
+            "no guest can be called: this host has no kernel AIO for us ({error}): guests that poll are served, others hear of no \
+             frame; see `ringway doctor`"
+        );
+    }
+    if !can_arm() {
+        warn!(
+            "no userfaultfd: a hole in a guest's memory is filled on the account of this process; see `ringway doctor --security`"
+        );
+    }
+    let mode = match args.sandbox {
+        SandboxArg::On => Mode::On,
+        SandboxArg::Strict => Mode::Strict,
+        SandboxArg::Off => Mode::Off,
+    };
+    let listening = config
+        .ports
+        .iter()
+        .filter(|port| port.mode == SocketMode::Server);
+    let sockets = listening
+        .map(|port| port.socket.clone())
+        .chain([config.api_path()]);
+    let mut dirs: Vec<PathBuf> = sockets
+        .filter_map(|socket| Some(socket.parent()?.to_owned()))
+        .collect();
+    for dir in &args.socket_dirs {
+        dirs.push(std::path::absolute(dir)?);
+    }
+    dirs.sort();
+    dirs.dedup();
+    // Only what is there can be kept.
+    for dir in &dirs {
+        make_dir(dir)?;
+    }
+    sandbox::enter(mode, dirs, readable.as_slice());
+    Ok(())
 }
 
 /// Reloads at SIGHUP until SIGINT or SIGTERM; the second of those ends the process at once.

@@ -22,6 +22,7 @@ use utoipa::{IntoParams, OpenApi};
 use super::config::Config;
 use super::metrics;
 pub use super::operator::{ErrorBody, Operator, Origin, Refusal, Reload, Removed, reload};
+use super::security::SecurityReport;
 use super::spec::{parse_port, port_from_json};
 use super::state::{
     Applied, FdbAdd, FdbFilter, FdbPage, PortSpec, PortStatus, QueueMove, StatsReport, Version,
@@ -68,6 +69,7 @@ pub(crate) struct Desk {
         fdb_del,
         stats,
         workers,
+        security,
         metrics_text,
         healthz,
         openapi
@@ -93,6 +95,7 @@ pub(crate) fn router(desk: Desk) -> Router {
         .route("/v1/fdb/{mac}", delete(fdb_del))
         .route("/v1/stats", get(stats))
         .route("/v1/workers", get(workers))
+        .route("/v1/security", get(security))
         .route("/metrics", get(metrics_text))
         .route("/healthz", get(healthz))
         .route("/openapi.json", get(openapi))
@@ -148,6 +151,12 @@ async fn version(State(desk): State<Desk>) -> Json<Version> {
         pid: std::process::id(),
         config: desk.origin.file,
     })
+}
+
+/// How the switch is guarded against whoever breaks into it.
+#[utoipa::path(get, path = "/v1/security", responses((status = 200, body = SecurityReport)))]
+async fn security(State(desk): State<Desk>) -> Result<Json<SecurityReport>, Refusal> {
+    ask(desk, |_| Ok(SecurityReport::here())).await
 }
 
 /// The wanted state.

@@ -42,7 +42,7 @@ pub struct Check {
 }
 
 impl Check {
-    fn ok(name: &str, found: impl Into<String>) -> Check {
+    pub(super) fn ok(name: &str, found: impl Into<String>) -> Check {
         Check {
             name: name.to_owned(),
             verdict: Verdict::Ok,
@@ -52,7 +52,7 @@ impl Check {
         }
     }
 
-    fn advice(
+    pub(super) fn advice(
         name: &str,
         found: impl Into<String>,
         gain: &str,
@@ -99,7 +99,7 @@ pub fn examine(root: &Path, workers: &[usize]) -> Vec<Check> {
         flags: cpu_flags(root),
         cpus,
     };
-    let checks: [fn(&Host<'_>) -> Check; 18] = [
+    let checks: [fn(&Host<'_>) -> Check; 19] = [
         kernel,
         processors::cpuset,
         processors::cpu_quota,
@@ -118,6 +118,7 @@ pub fn examine(root: &Path, workers: &[usize]) -> Vec<Check> {
         memory::userfaultfd,
         memory::seccomp,
         memory::descriptors,
+        |host| aio(host.root),
     ];
     checks.iter().map(|check| check(&host)).collect()
 }
@@ -207,6 +208,42 @@ fn kernel(host: &Host<'_>) -> Check {
         return Check::advice(name, release, gain, "boot Linux 5.11 or later");
     }
     Check::ok(name, release)
+}
+
+/// Contexts of kernel AIO, of which the switch takes one to call guests.
+pub(super) fn aio(root: &Path) -> Check {
+    let number = |path: &str| -> Option<u64> {
+        fs::read_to_string(root.join(path))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
+    };
+    let name = "kernel AIO";
+    let (used, most) = (
+        number("proc/sys/fs/aio-nr"),
+        number("proc/sys/fs/aio-max-nr"),
+    );
+    let gain =
+        "guests that do not poll (virtual machines, DPDK with interrupts) hear of their frames";
+    match (used, most) {
+        // The kernel counts some more than were asked for.
+        (Some(used), Some(most)) if used + 1024 <= most => {
+            Check::ok(name, format!("{used} of {most} requests taken"))
+        }
+        (Some(used), Some(most)) => Check::advice(
+            name,
+            format!("{used} of {most} requests taken: little or nothing is left"),
+            gain,
+            format!("sysctl -w fs.aio-max-nr={}", most.max(65_536) * 4),
+        ),
+        _ => Check::advice(
+            name,
+            "not in the kernel",
+            gain,
+            "boot a kernel with CONFIG_AIO=y (every large distribution's)",
+        ),
+    }
 }
 
 #[cfg(test)]

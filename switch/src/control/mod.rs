@@ -15,6 +15,8 @@ pub mod plan;
 pub mod port_handle;
 pub mod port_state;
 mod rings;
+pub mod sandbox;
+pub mod security;
 pub mod serve;
 pub mod socket;
 pub mod spec;

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::keys::ConfigError;
+use super::sandbox;
 use super::state::{Owner, Permissions};
 
 /// Connections that may wait to be accepted.
@@ -34,19 +35,16 @@ impl OwnedSocket {
         owner: Option<Owner>,
     ) -> Result<OwnedSocket, ConfigError> {
         let fail = |what: &str, error: io::Error| {
-            ConfigError(format!("{}: {what}: {error}", path.display()))
+            let denied = error.kind() == io::ErrorKind::PermissionDenied;
+            let hint = if denied {
+                sandbox::hint(path)
+            } else {
+                String::new()
+            };
+            ConfigError(format!("{}: {what}: {error}{hint}", path.display()))
         };
         if let Some(parent) = path.parent() {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o755)
-                .create(parent)
-                .map_err(|error| {
-                    fail(
-                        "its directory cannot be made, choose a path you may write to",
-                        error,
-                    )
-                })?;
+            make_dir(parent)?;
         }
         make_room(path)?;
         let address = SocketAddrUnix::new(path)
@@ -127,6 +125,21 @@ fn hand_over(
         rustix::fs::chownat(&file, "", user, group, AtFlags::EMPTY_PATH)?;
     }
     Ok((stat.st_dev, stat.st_ino))
+}
+
+/// Makes a directory for sockets, and those above it, where they are missing.
+pub fn make_dir(dir: &Path) -> Result<(), ConfigError> {
+    let made = fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(dir);
+    made.map_err(|error| {
+        let hint = sandbox::hint(dir);
+        ConfigError(format!(
+            "{}: cannot be made, choose a path you may write to: {error}{hint}",
+            dir.display()
+        ))
+    })
 }
 
 /// Connects, or says at once why not: somebody who listens but does not accept cannot hold us.

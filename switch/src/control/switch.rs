@@ -19,6 +19,7 @@ use super::cpu;
 use super::plan::{self, Action};
 use super::port_handle::{FileId, SessionReport};
 use super::rings::{Claim, Handle};
+use super::sandbox;
 use super::spec::check_beside;
 use super::state::{self, Counters, PortSpec};
 use super::status::{received, sent};
@@ -523,7 +524,9 @@ fn spawn_worker(
     let thread = std::thread::Builder::new()
         .name(format!("worker-{cpu}"))
         .spawn(move || {
-            let here = cpu::pin(cpu);
+            let here = cpu::pin(cpu).map_err(anyhow::Error::from).and_then(|()| {
+                sandbox::restrict_worker().context("a worker cannot give up its system calls")
+            });
             let ready = here.is_ok();
             let _ = told.send(here);
             if !ready {
