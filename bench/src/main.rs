@@ -1,5 +1,6 @@
 //! `ringway-bench`: measures vhost-user switches side by side.
 
+mod backend;
 mod client;
 mod compare;
 mod console;
@@ -12,6 +13,7 @@ mod peers;
 mod process;
 #[allow(dead_code, reason = "its further users follow")]
 mod results;
+mod rfc2544;
 mod rows;
 mod sample;
 mod sentinel;
@@ -35,6 +37,10 @@ struct Arguments {
 enum Mode {
     Compare(compare::Compare),
     Load(Box<load::LoadArgs>),
+    Latency(Box<rfc2544::LatencyArgs>),
+    Rfc2544(Box<rfc2544::Rfc2544>),
+    #[command(hide = true)]
+    Backend(backend::Serve),
     Sentinel(watch::Watch),
 }
 
@@ -43,6 +49,9 @@ fn main() -> ExitCode {
     let result = interrupt::listen().and_then(|()| match &arguments.mode {
         Mode::Compare(options) => compare::run(options),
         Mode::Load(options) => load::run(options),
+        Mode::Latency(options) => rfc2544::run_latency(options),
+        Mode::Rfc2544(options) => rfc2544::run(options),
+        Mode::Backend(options) => backend::run(options),
         Mode::Sentinel(options) => watch::run(options),
     });
     match result {

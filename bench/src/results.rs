@@ -64,6 +64,8 @@ pub(crate) enum Measurement {
     LossCurve(LossCurve),
     /// The longest burst at full speed without loss (RFC 2544 §26.4).
     BackToBack(BackToBack),
+    /// How long overload is felt (RFC 2544 §26.5).
+    Recovery(Recovery),
     /// Stations a switch keeps (RFC 2889 §5.7), or learns per second (§5.8).
     Addresses(Addresses),
     /// Whether a congested port costs others (RFC 2889 §5.5).
@@ -259,6 +261,17 @@ pub(crate) struct BackToBack {
     pub(crate) limit: u64,
 }
 
+/// How long overload is felt.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Recovery {
+    pub(crate) peer: String,
+    pub(crate) work: Work,
+    /// Share of the frames lost at 110 % of the throughput.
+    pub(crate) overload_loss: f64,
+    /// Milliseconds after it until the last loss at 50 %; 0: none.
+    pub(crate) last_loss_ms: f64,
+}
+
 /// How many stations a switch keeps, or how fast it learns them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Addresses {
@@ -379,6 +392,22 @@ impl Saved {
         let mut text = serde_json::to_string_pretty(self)?;
         text.push('\n');
         std::fs::write(path, text).with_context(|| path.display().to_string())
+    }
+
+    /// Adds what the same run found out about another switch.
+    pub(crate) fn add(&mut self, other: Self) {
+        self.complete &= other.complete;
+        for version in other.versions {
+            if !self.versions.contains(&version) {
+                self.versions.push(version);
+            }
+        }
+        for caveat in other.caveats {
+            if !self.caveats.contains(&caveat) {
+                self.caveats.push(caveat);
+            }
+        }
+        self.measurements.extend(other.measurements);
     }
 
     /// Reads one back.

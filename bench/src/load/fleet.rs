@@ -341,12 +341,17 @@ impl Fleet {
                     turns = mixed(&turns, streams.len() as u16, broadcast);
                     streams.push(stream);
                 }
-                let salt = (from * 977 + queue * 131) as u32;
+                let salt = salt(from, queue);
                 self.lanes[from].queues[queue].sender =
                     Sender::new(streams, turns, self.lengths.clone(), salt, arrived);
             }
         }
         Ok(())
+    }
+
+    /// Frames of other lengths, from the next wiring on; none longer than those the ports were attached with.
+    pub(crate) fn set_lengths(&mut self, lengths: Lengths) {
+        self.lengths = lengths;
     }
 
     fn stream(
@@ -379,9 +384,9 @@ impl Fleet {
                 );
                 let burst = left.min(64) as usize;
                 let tx = &mut self.lanes[port].queues[0].pair.tx;
+                // With the payload that the port's frames of this length have: it stays in the buffers.
                 let sent = tx.send(burst, |slot| {
-                    // Another length than the frames': they get their payload anew.
-                    hello.fill(slot, HELLO.min(slot.room()), 0, 0)
+                    hello.fill(slot, HELLO.min(slot.room()), salt(port, 0), 0)
                 });
                 if sent > 0 {
                     (left, sent_last) = (left - sent as u64, Instant::now());
@@ -443,6 +448,11 @@ impl Fleet {
         }
         Ok(Pace::Every(cycles))
     }
+}
+
+/// Tells the payloads of rings apart.
+fn salt(port: usize, queue: usize) -> u32 {
+    (port * 977 + queue * 131) as u32
 }
 
 /// The first station of a port.

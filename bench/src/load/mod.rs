@@ -8,12 +8,16 @@ pub(crate) mod stream;
 pub(crate) mod target;
 pub(crate) mod trial;
 
+#[cfg(test)]
+#[path = "tests.rs"]
+mod against_backends;
+
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::results::{Count, Distribution, Load, Measurement};
+use crate::results::{Count, Distribution, Load, Measurement, Saved};
 use crate::sentinel::Placement;
 use crate::summary::digits;
 use fleet::{Fleet, Frontends};
@@ -84,7 +88,14 @@ pub(crate) fn rate(text: &str) -> Result<f64, String> {
 
 /// Runs the subcommand.
 pub(crate) fn run(options: &LoadArgs) -> Result<()> {
-    let mut session = Session::open(&options.target, &options.frontends, &options.frames)?;
+    target::for_each(&options.target, options.json.as_deref(), |target| {
+        one(options, target)
+    })
+}
+
+/// One switch.
+fn one(options: &LoadArgs, target: &Target) -> Result<(Saved, String)> {
+    let mut session = Session::open(target, &options.frontends, &options.frames)?;
     let pace = match (options.rate, options.flood) {
         (Some(rate), _) => session.fleet.every(rate)?,
         (None, true) => Pace::Flood,
@@ -98,7 +109,12 @@ pub(crate) fn run(options: &LoadArgs) -> Result<()> {
         _ => "flood".to_owned(),
     };
     let outcome = measure(&mut session, options, pace)?;
-    let partial = outcome.partial.clone();
+    if let Some(why) = &outcome.partial
+        && outcome.count.received == 0
+        && !options.flood
+    {
+        bail!("nothing was received: {why}");
+    }
     let mut latencies = vec![outcome.latency("all")];
     latencies.extend(outcome.by_port());
     let load = Load {
@@ -110,20 +126,13 @@ pub(crate) fn run(options: &LoadArgs) -> Result<()> {
         generator_cycles: outcome.cycles,
         generator_busy: outcome.busy,
         placement: session.placement,
-        partial: partial.clone(),
+        partial: outcome.partial.clone(),
         latencies,
     };
     note_limits(&mut session, options, &outcome);
     let text = show(&load, outcome.mpps);
     session.saved.measurements.push(Measurement::Load(load));
-    session.finish(partial.is_none(), options.json.as_deref(), &text)?;
-    if options.flood {
-        return Ok(());
-    }
-    match partial {
-        Some(why) if outcome.count.received == 0 => bail!("nothing was received: {why}"),
-        _ => Ok(()),
-    }
+    Ok((session.close(outcome.partial.is_none()), text))
 }
 
 fn measure(session: &mut Session, options: &LoadArgs, pace: Pace) -> Result<Outcome> {

@@ -12,6 +12,7 @@ use super::frames::Frames;
 use super::trial::{Outcome, Trial};
 use crate::client::Cpus;
 use crate::host::{Host, hugepages_hint};
+use crate::interrupt::{self, Interrupted};
 use crate::peers::{self, Place, Setup, Switch};
 use crate::process::{Priority, pin};
 use crate::results::{FORMAT, Saved, Version};
@@ -32,9 +33,9 @@ pub(crate) struct Target {
         required_unless_present = "switch"
     )]
     pub(crate) sockets: Vec<PathBuf>,
-    /// Or start one: ringway, ovs, testpmd, vpp
-    #[arg(long, value_name = "NAME", conflicts_with = "sockets")]
-    pub(crate) switch: Option<String>,
+    /// Or start these, one after the other: ringway, ovs, testpmd, reference, vpp
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    pub(crate) switch: Vec<String>,
     /// Ports of a switch that is started
     #[arg(long, value_name = "NUMBER", default_value_t = 2, value_parser = clap::value_parser!(u32).range(2..=1024))]
     pub(crate) ports: u32,
@@ -65,6 +66,23 @@ pub(crate) struct Started {
 }
 
 impl Target {
+    /// The switch to start, if one is to be started.
+    pub(crate) fn name(&self) -> Option<&str> {
+        self.switch.first().map(String::as_str)
+    }
+
+    /// This target with each of its switches alone.
+    fn each(&self) -> Vec<Self> {
+        if self.switch.is_empty() {
+            return vec![self.clone()];
+        }
+        let alone = |name: &String| Self {
+            switch: vec![name.clone()],
+            ..self.clone()
+        };
+        self.switch.iter().map(alone).collect()
+    }
+
     /// The switch's CPU, the generator's, that of all else.
     pub(crate) fn cpus(&self) -> Result<Cpus> {
         let count = std::thread::available_parallelism()?.get();
@@ -151,11 +169,11 @@ impl Session {
         take: Option<usize>,
     ) -> Result<Self> {
         ensure!(
-            target.switch.is_none() || !frontends.listen,
+            target.switch.is_empty() || !frontends.listen,
             "--listen: a switch that is started listens itself"
         );
         let cpus = target.cpus()?;
-        let priority = target.switch.as_ref().map(|_| Priority::raise(target.nice));
+        let priority = target.name().map(|_| Priority::raise(target.nice));
         let mut frontends = frontends.clone();
         if frontends.cpus.is_empty() && cpus.client != cpus.switch {
             frontends.cpus = vec![cpus.client];
@@ -166,8 +184,7 @@ impl Session {
             stations: frames.stations > 8000,
         };
         let started = target
-            .switch
-            .as_deref()
+            .name()
             .map(|name| target.start(name, setup))
             .transpose()?;
         let sockets = match &started {
@@ -180,7 +197,7 @@ impl Session {
         let nice = priority.as_ref().map_or(0, Priority::nice);
         let mut saved = saved(fleet.tsc_hz, cpus, nice);
         saved.caveats.clone_from(&fleet.caveats);
-        let peer = target.switch.clone().unwrap_or_else(|| "switch".to_owned());
+        let peer = target.name().unwrap_or("switch").to_owned();
         if let Some(started) = &started {
             saved.versions.push(Version {
                 name: peer.clone(),
@@ -239,29 +256,63 @@ impl Session {
         self.bar.suspend(|| eprintln!("{line}"));
     }
 
-    /// Takes leave of the switch, prints and writes what there is.
-    pub(crate) fn finish(mut self, complete: bool, json: Option<&Path>, text: &str) -> Result<()> {
+    /// Takes leave of the switch.
+    pub(crate) fn close(mut self, complete: bool) -> Saved {
         self.bar.finish_and_clear();
-        self.saved.complete = complete;
-        write_out(&self.saved, json, text)?;
+        self.saved.complete &= complete;
         self.fleet.detach();
-        Ok(())
+        self.saved
     }
 }
 
-/// Prints the text with its caveats, or writes JSON, or both.
-pub(crate) fn write_out(saved: &Saved, json: Option<&Path>, text: &str) -> Result<()> {
-    match json {
-        Some(path) if path.as_os_str() == "-" => {
-            println!("{}", serde_json::to_string_pretty(saved)?);
-            return Ok(());
+/// Does `work` for each of the target's switches; it returns what it found, and a text for people. Prints, and writes JSON.
+pub(crate) fn for_each(
+    target: &Target,
+    json: Option<&Path>,
+    mut work: impl FnMut(&Target) -> Result<(Saved, String)>,
+) -> Result<()> {
+    let targets = target.each();
+    let quiet = json.is_some_and(|path| path.as_os_str() == "-");
+    let mut all: Option<Saved> = None;
+    let mut failed = None;
+    for one in &targets {
+        match work(one) {
+            Ok((saved, text)) => {
+                if !quiet {
+                    print!("{text}");
+                    saved
+                        .caveats
+                        .iter()
+                        .for_each(|caveat| println!("  note: {caveat}"));
+                }
+                match &mut all {
+                    Some(all) => all.add(saved),
+                    None => all = Some(saved),
+                }
+            }
+            Err(error) => {
+                let name = one.name().unwrap_or("switch");
+                if targets.len() > 1 && !error.is::<Interrupted>() {
+                    eprintln!("{name}: {error:#}");
+                }
+                failed = Some((name.to_owned(), error));
+            }
         }
-        Some(path) => saved.write(path)?,
-        None => {}
+        if interrupt::check().is_err() {
+            break;
+        }
     }
-    print!("{text}");
-    for caveat in &saved.caveats {
-        println!("  note: {caveat}");
+    let Some(mut all) = all else {
+        return failed.map_or(Ok(()), |(_, error)| Err(error));
+    };
+    if let Some((name, error)) = failed {
+        all.complete = false;
+        all.caveats.push(format!("{name} failed: {error:#}"));
+    }
+    match json {
+        Some(_) if quiet => println!("{}", serde_json::to_string_pretty(&all)?),
+        Some(path) => all.write(path)?,
+        None => {}
     }
     Ok(())
 }

@@ -21,8 +21,6 @@ use crate::results::{Count, Distribution};
 const TURNS: u32 = 64;
 /// How often the coordinator looks whether the switch is still there. Every wake-up may preempt the switch.
 const LOOK: Duration = Duration::from_millis(100);
-/// A backlog that the switch takes so soon after the end was no refusal.
-const GRACE: Duration = Duration::from_millis(1);
 /// From starting the threads to the first frame.
 const LEAD: Duration = Duration::from_millis(2);
 
@@ -35,6 +33,8 @@ pub(crate) struct Trial {
     pub(crate) quiet: Duration,
     /// So long without any frame: the switch does not forward.
     pub(crate) stall: Duration,
+    /// A backlog that the switch takes so soon after the end was no refusal.
+    pub(crate) grace: Duration,
 }
 
 impl Trial {
@@ -44,6 +44,7 @@ impl Trial {
             time: Duration::from_secs_f64(seconds),
             quiet: Duration::from_millis(200),
             stall: Duration::from_secs(3),
+            grace: Duration::from_millis(1),
         }
     }
 }
@@ -311,7 +312,7 @@ fn drain(lanes: &mut [Lane], run: &Run<'_>, ended: u64) {
         run.cycles(run.trial.quiet),
         run.cycles(Duration::from_millis(1)),
     );
-    let grace = ended + run.cycles(GRACE);
+    let grace = ended + run.cycles(run.trial.grace);
     let (mut now, mut last) = (ended, ended);
     loop {
         let (mut moved, mut flying) = (0, 0);

@@ -99,6 +99,9 @@ fn notified(
         call: call.clone(),
     };
     let indirect = features & feature::INDIRECT_DESC != 0;
+    let size = buffers.stride * u64::from(ring.size());
+    let first = ring.mem().ptr(buffers.base, size);
+    let first = first.expect("`build` made room for all buffers").as_ptr();
     let side = Side {
         ring,
         buffers,
@@ -107,6 +110,7 @@ fn notified(
         kick,
         call,
         kicks: 0,
+        first,
     };
     Ok((side, place))
 }

@@ -3,6 +3,7 @@
 //! An island of `unsafe`: buffers in shared memory, at the addresses the driver side of the rings hands back.
 #![allow(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -12,8 +13,8 @@ use super::frame::{Frame, Part, Slot};
 use super::layout::{Buffers, DESC};
 use super::session::readable;
 use crate::virtio::driver::{DriverRing, Raw, Used};
-use crate::virtio::net::HEADER_LEN;
-use crate::virtio::ring::{PIECES_MAX, prefetch_read, prefetch_write};
+use crate::virtio::net::{HEADER_LEN, NUM_BUFFERS};
+use crate::virtio::ring::{AHEAD, PIECES_MAX, prefetch_read, prefetch_write};
 
 /// Frames per call.
 pub const BURST: usize = 64;
@@ -43,9 +44,29 @@ pub(super) struct Side {
     pub(super) kick: Arc<OwnedFd>,
     pub(super) call: Arc<OwnedFd>,
     pub(super) kicks: u64,
+    /// Where the buffers are mapped here.
+    pub(super) first: *mut u8,
 }
 
+// SAFETY: `first` is a plain address in the memory that the ring keeps mapped.
+unsafe impl Send for Side {}
+
 impl Side {
+    /// Where the header of buffer `id` is mapped here.
+    #[inline]
+    fn header(&self, id: u16) -> *mut u8 {
+        debug_assert!(id < self.ring.size());
+        self.first
+            .wrapping_add((self.buffers.header(id) - self.buffers.base) as usize)
+    }
+
+    #[inline]
+    fn kick_if_wanted(&mut self) {
+        if self.ring.kick_wanted() {
+            self.kick();
+        }
+    }
+
     /// Makes buffers available, each in one piece or in several.
     #[inline]
     fn post(&mut self, buffers: &[(u64, u32)]) -> usize {
@@ -54,9 +75,7 @@ impl Side {
         } else {
             self.post_pieces(buffers)
         };
-        if self.ring.kick_wanted() {
-            self.kick();
-        }
+        self.kick_if_wanted();
         posted
     }
 
@@ -114,23 +133,29 @@ pub struct Tx {
     in_order: bool,
     /// IN_ORDER: the next buffer; else unused.
     next: u16,
-    /// Not IN_ORDER: free buffers.
-    free: Vec<u16>,
+    /// Not IN_ORDER: free buffers, the one that is free longest first.
+    free: VecDeque<u16>,
     /// Length of the frame last sent from each buffer.
     lens: Box<[u32]>,
     used: [Used; BURST],
+    back: [(u16, u32); BURST],
 }
 
 impl Tx {
     pub(super) fn new(side: Side, in_order: bool) -> Tx {
         let size = side.ring.size();
         Tx {
-            side,
             in_order,
             next: 0,
-            free: (0..size).rev().collect(),
+            free: if in_order {
+                VecDeque::new()
+            } else {
+                (0..size).collect()
+            },
             lens: vec![0; usize::from(size)].into(),
             used: [Used::default(); BURST],
+            back: [(0, 0); BURST],
+            side,
         }
     }
 
@@ -140,28 +165,76 @@ impl Tx {
     pub fn send(&mut self, most: usize, mut fill: impl FnMut(&mut Slot<'_>) -> usize) -> usize {
         // 1. Buffers the switch is done with.
         let room = self.room(most.min(BURST));
-        // 2. The frames' lines are in the switch's cache: ask for all of them before the first is needed.
-        let mut posts = [(0u64, 0u32); BURST];
-        for (ahead, post) in posts[..room].iter_mut().enumerate() {
-            post.0 = self.side.buffers.header(self.upcoming(ahead));
-            prefetch_write(self.frame(post.0));
+        // 2. The frames' lines are in the switch's cache: ask for some of them before the first is needed.
+        for ahead in 0..room.min(AHEAD) {
+            self.prefetch(ahead);
         }
-        // 3. Fill.
-        for (ahead, post) in posts[..room].iter_mut().enumerate() {
+        // 3. Fill. A descriptor is written only if the length has changed.
+        for ahead in 0..room {
+            if ahead + AHEAD < room {
+                self.prefetch(ahead + AHEAD);
+            }
             let index = self.upcoming(ahead);
-            let (at, len) = (self.frame(post.0), self.lens[usize::from(index)]);
+            let before = self.lens[usize::from(index)];
             let frame_room = self.side.buffers.len as usize - HEADER_LEN;
+            let at = self.side.header(index).wrapping_add(HEADER_LEN);
             // SAFETY: `layout::build` gave every buffer `len` bytes from its header on, the frame begins at a cache line, and nobody else
             // writes it: the switch only reads these buffers, and this one is not in flight.
-            let mut slot = unsafe { Slot::new(at, frame_room, index, len as usize) };
-            let len = fill(&mut slot).min(frame_room);
-            self.lens[usize::from(index)] = len as u32;
-            post.1 = (HEADER_LEN + len) as u32;
+            let mut slot = unsafe { Slot::new(at, frame_room, index, before as usize) };
+            let len = fill(&mut slot).min(frame_room) as u32;
+            if len != before {
+                self.lens[usize::from(index)] = len;
+                let header = self.side.buffers.header(index);
+                if self.side.piece == 0 {
+                    self.side
+                        .ring
+                        .keep(index, (header, HEADER_LEN as u32 + len));
+                }
+            }
         }
         // 4. Publish.
-        let sent = self.side.post(&posts[..room]);
+        let sent = self.publish(room);
         self.forward(sent);
         sent
+    }
+
+    #[inline]
+    fn prefetch(&self, ahead: usize) {
+        let at = self.side.header(self.upcoming(ahead));
+        prefetch_write(at.wrapping_add(HEADER_LEN));
+    }
+
+    #[inline]
+    fn publish(&mut self, count: usize) -> usize {
+        if self.side.piece > 0 {
+            return self.publish_pieces(count);
+        }
+        let (next, size) = (usize::from(self.next), self.lens.len());
+        let (free, lens, buffers) = (&self.free, &self.lens, self.side.buffers);
+        let kept = |index: u16| {
+            let len = HEADER_LEN as u32 + lens[usize::from(index)];
+            (index, buffers.header(index), len)
+        };
+        if self.in_order {
+            self.side
+                .ring
+                .post_kept(count, |ahead| kept(around(next + ahead, size)));
+        } else {
+            self.side.ring.post_kept(count, |ahead| kept(free[ahead]));
+        }
+        self.side.kick_if_wanted();
+        count
+    }
+
+    #[cold]
+    fn publish_pieces(&mut self, count: usize) -> usize {
+        let mut posts = [(0u64, 0u32); BURST];
+        for (ahead, post) in posts[..count].iter_mut().enumerate() {
+            let index = self.upcoming(ahead);
+            let len = self.lens[usize::from(index)];
+            *post = (self.side.buffers.header(index), HEADER_LEN as u32 + len);
+        }
+        self.side.post(&posts[..count])
     }
 
     /// Free buffers, at most `most`.
@@ -169,25 +242,30 @@ impl Tx {
     fn room(&mut self, most: usize) -> usize {
         if self.in_order {
             if self.side.ring.free() < most {
-                self.side.ring.reclaim();
+                self.side.ring.reclaim_kept();
             }
-        } else if self.free.len() < most {
+            return most.min(self.side.ring.free());
+        }
+        if self.free.len() < most {
             self.take_back();
         }
-        let buffers = if self.in_order {
-            BURST
-        } else {
-            self.free.len()
-        };
-        most.min(buffers).min(self.side.ring.free())
+        most.min(self.free.len()).min(self.side.ring.free())
     }
 
     fn take_back(&mut self) {
         loop {
-            let count = self.side.ring.take(&mut self.used);
-            let headers = self.used[..count].iter().map(|used| used.addr);
-            self.free
-                .extend(headers.map(|header| self.side.buffers.index(header)));
+            let count = if self.side.piece > 0 {
+                let count = self.side.ring.take(&mut self.used);
+                let headers = self.used[..count].iter().map(|used| used.addr);
+                self.free
+                    .extend(headers.map(|header| self.side.buffers.index(header)));
+                count
+            } else {
+                let count = self.side.ring.take_kept(&mut self.back);
+                self.free
+                    .extend(self.back[..count].iter().map(|back| back.0));
+                count
+            };
             if count < BURST {
                 return;
             }
@@ -198,10 +276,9 @@ impl Tx {
     #[inline]
     fn upcoming(&self, ahead: usize) -> u16 {
         if self.in_order {
-            let (index, size) = (usize::from(self.next) + ahead, self.lens.len());
-            (if index < size { index } else { index % size }) as u16
+            around(usize::from(self.next) + ahead, self.lens.len())
         } else {
-            self.free[self.free.len() - 1 - ahead]
+            self.free[ahead]
         }
     }
 
@@ -210,25 +287,14 @@ impl Tx {
         if self.in_order {
             self.next = self.upcoming(sent);
         } else {
-            self.free.truncate(self.free.len() - sent);
+            self.free.drain(..sent);
         }
-    }
-
-    #[inline]
-    fn frame(&self, header: u64) -> *mut u8 {
-        let at = self
-            .side
-            .ring
-            .mem()
-            .ptr(header, u64::from(self.side.buffers.len));
-        let at = at.expect("`layout::build` put all buffers into the memory");
-        at.as_ptr().wrapping_add(HEADER_LEN)
     }
 
     /// Frames that were sent and that the switch has not given back yet.
     pub fn in_flight(&mut self) -> usize {
         if self.in_order {
-            self.side.ring.reclaim();
+            self.side.ring.reclaim_kept();
         } else {
             self.take_back();
         }
@@ -251,9 +317,25 @@ impl Tx {
     }
 }
 
+/// `index` in a ring of `size`, at most one lap ahead.
+#[inline]
+fn around(index: usize, size: usize) -> u16 {
+    if index < size {
+        index as u16
+    } else if index < 2 * size {
+        (index - size) as u16
+    } else {
+        (index % size) as u16 // a burst on a ring that is smaller
+    }
+}
+
 /// Receives frames from the switch.
 pub struct Rx {
     side: Side,
+    mergeable: bool,
+    /// Buffers that came, number and bytes; the first `left` are the beginning of a frame whose other buffers had not come.
+    came: Box<[(u16, u32)]>,
+    left: usize,
     used: Box<[Used]>,
     parts: Vec<Part>,
 }
@@ -265,6 +347,9 @@ impl Rx {
         let room = if mergeable { longest.max(BURST) } else { BURST };
         let mut rx = Rx {
             side,
+            mergeable,
+            came: vec![(0, 0); room].into(),
+            left: 0,
             used: vec![Used::default(); room].into(),
             parts: Vec::with_capacity(room),
         };
@@ -275,7 +360,12 @@ impl Rx {
     fn fill(&mut self) {
         let buffers = self.side.buffers;
         for index in 0..self.side.ring.size() {
-            if self.side.post(&[(buffers.header(index), buffers.len)]) == 0 {
+            let (header, len) = (buffers.header(index), buffers.len);
+            if self.side.piece == 0 {
+                self.side.ring.keep(index, (header, len));
+                self.side.ring.post_kept(1, |_| (index, header, len));
+                self.side.kick_if_wanted();
+            } else if self.side.post(&[(header, len)]) == 0 {
                 break; // chains: fewer buffers than descriptors
             }
         }
@@ -284,25 +374,113 @@ impl Rx {
     /// Receives a burst: `visit` sees each frame where the switch put it, before the buffers are given back. Returns how many.
     #[inline]
     pub fn receive(&mut self, mut visit: impl FnMut(&Frame<'_>)) -> usize {
+        if self.side.piece > 0 {
+            return self.receive_pieces(&mut visit);
+        }
+        // 1. What came, behind what was left.
+        let count = self.left + self.side.ring.take_kept(&mut self.came[self.left..]);
+        if count == self.left {
+            return 0;
+        }
+        for ahead in 0..count.min(AHEAD) {
+            self.prefetch(ahead);
+        }
+        // 2. Look at it.
+        let (mut index, mut frames) = (0, 0);
+        while index < count {
+            if index + AHEAD < count {
+                self.prefetch(index + AHEAD);
+            }
+            let buffers = self.buffers_of(self.came[index].0);
+            if index + buffers > count {
+                break;
+            }
+            if buffers > 1 {
+                self.gather(index + 1, index + buffers, index + AHEAD..count);
+            }
+            let more = if buffers > 1 { &self.parts[..] } else { &[] };
+            let first = frame_of(self.part(self.came[index]));
+            // SAFETY: each part lies in a buffer of ours that the device has given back and that is posted again only below.
+            visit(&unsafe { Frame::new(first, more) });
+            index += buffers;
+            frames += 1;
+        }
+        // 3. Give the buffers back.
+        let (came, buffers) = (&self.came, self.side.buffers);
+        self.side.ring.post_kept(index, |at| {
+            let id = came[at].0;
+            (id, buffers.header(id), buffers.len)
+        });
+        self.side.kick_if_wanted();
+        if index < count {
+            self.came.copy_within(index..count, 0);
+        }
+        self.left = count - index;
+        frames
+    }
+
+    #[inline]
+    fn prefetch(&self, at: usize) {
+        let header = self.side.header(self.came[at].0);
+        if self.mergeable {
+            prefetch_read(header);
+        }
+        prefetch_read(header.wrapping_add(HEADER_LEN));
+    }
+
+    /// Buffers of the frame whose first one is `id`; at least one, and no more than there is room for.
+    #[inline]
+    fn buffers_of(&self, id: u16) -> usize {
+        if !self.mergeable {
+            return 1;
+        }
+        let header = self.side.header(id).cast_const();
+        // SAFETY: the 12 bytes of a buffer's header are mapped (`layout::build`) and 2-aligned; volatile: the switch may write here.
+        let count = unsafe { header.add(NUM_BUFFERS).cast::<u16>().read_volatile() };
+        usize::from(u16::from_le(count)).clamp(1, self.came.len())
+    }
+
+    /// Puts the further buffers of a frame together.
+    #[cold]
+    fn gather(&mut self, from: usize, to: usize, later: std::ops::Range<usize>) {
+        self.parts.clear();
+        for at in from..to {
+            let part = self.part(self.came[at]);
+            self.parts.push(part);
+        }
+        // The frame's buffers were skipped by the loop's own looking ahead.
+        for at in later.take(to - from) {
+            self.prefetch(at);
+        }
+    }
+
+    /// The bytes the device wrote to a kept buffer, as far as they can be there.
+    #[inline]
+    fn part(&self, (id, len): (u16, u32)) -> Part {
+        Part {
+            at: self.side.header(id),
+            len: len.min(self.side.buffers.len) as usize,
+        }
+    }
+
+    #[cold]
+    fn receive_pieces(&mut self, visit: &mut dyn FnMut(&Frame<'_>)) -> usize {
         // 1. What came.
         let count = self.side.ring.take_frames(&mut self.used);
         for used in &self.used[..count] {
-            prefetch_read(frame_at(&self.side, used).at);
+            prefetch_read(frame_of(part_at(&self.side, used)).at);
         }
         // 2. Look at it.
         let (mut index, mut frames) = (0, 0);
         while index < count {
             let first = &self.used[index];
             let buffers = usize::from(first.buffers.max(1));
-            if buffers > 1 {
-                self.parts.clear();
-                let further = &self.used[index + 1..index + buffers];
-                self.parts
-                    .extend(further.iter().map(|used| part_at(&self.side, used)));
-            }
-            let more = if buffers > 1 { &self.parts[..] } else { &[] };
+            self.parts.clear();
+            let further = &self.used[index + 1..index + buffers];
+            self.parts
+                .extend(further.iter().map(|used| part_at(&self.side, used)));
             // SAFETY: each part lies in a buffer of ours that the device has given back and that is posted again only below.
-            visit(&unsafe { Frame::new(frame_at(&self.side, first), more) });
+            visit(&unsafe { Frame::new(frame_of(part_at(&self.side, first)), &self.parts) });
             index += buffers;
             frames += 1;
         }
@@ -362,8 +540,7 @@ fn part_at(side: &Side, used: &Used) -> Part {
 
 /// The same without the virtio-net header.
 #[inline]
-fn frame_at(side: &Side, used: &Used) -> Part {
-    let part = part_at(side, used);
+fn frame_of(part: Part) -> Part {
     let header = part.len.min(HEADER_LEN);
     Part {
         at: part.at.wrapping_add(header),

@@ -222,6 +222,39 @@ impl DriverRing {
         side!(&mut self.side, side => side.reclaim())
     }
 
+    /// Writes down buffer `id` (address and length), which stays with its number: a ring is used either through buffers that
+    /// are kept, or through all the other functions, never both. The device must not have the buffer.
+    ///
+    /// Kept buffers cost the least lines: a split ring's descriptors are written once, not once per frame.
+    #[inline]
+    pub fn keep(&mut self, id: u16, buffer: (u64, u32)) {
+        if let Side::Split(split) = &mut self.side {
+            split.keep(id, buffer);
+        } // A packed ring's descriptors do not outlive their use.
+    }
+
+    /// Makes `count` kept buffers available at once: `buffer` gives number, address and length of each, as they were kept.
+    /// With IN_ORDER those of a transmit ring are numbered as they come: 0, 1, …, size − 1, 0, ….
+    ///
+    /// # Panics
+    /// If they are more than [`DriverRing::free`].
+    #[inline]
+    pub fn post_kept(&mut self, count: usize, buffer: impl Fn(usize) -> (u16, u64, u32)) {
+        side!(&mut self.side, side => side.post_kept(count, buffer));
+    }
+
+    /// Takes back kept buffers, number and bytes the device wrote; returns how many.
+    #[inline]
+    pub fn take_kept(&mut self, out: &mut [(u16, u32)]) -> usize {
+        side!(&mut self.side, side => side.take_kept(out))
+    }
+
+    /// Takes back all kept buffers of a transmit ring with IN_ORDER that the device is done with: the oldest ones.
+    #[inline]
+    pub fn reclaim_kept(&mut self) {
+        side!(&mut self.side, side => side.reclaim_kept());
+    }
+
     /// True if the device wants to be kicked about what was posted since the last time this was asked.
     #[inline]
     pub fn kick_wanted(&mut self) -> bool {

@@ -8,7 +8,7 @@ pub const HEADER_LEN: usize = 12;
 const _: () = assert!(HEADER_LEN == super::ring::NET_HEADER as usize);
 
 /// Where num_buffers is.
-const NUM_BUFFERS: usize = 10;
+pub const NUM_BUFFERS: usize = 10;
 
 /// The header of a frame that spreads over `buffers` receive buffers. Nothing else is ever set: no offload is
 /// negotiated, and what a sender put there is not passed on.

@@ -183,6 +183,73 @@ impl PackedDriver {
         count
     }
 
+    /// See [`super::DriverRing::post_kept`]: the device wrote over the descriptors, so they are written anew.
+    #[inline]
+    pub(super) fn post_kept(&mut self, count: usize, buffer: impl Fn(usize) -> (u16, u64, u32)) {
+        assert!(count <= usize::from(self.free), "no room for {count}");
+        if count == 0 {
+            return;
+        }
+        let size = self.table.size;
+        let (first, mut place, mut head) = (self.next, self.next, 0);
+        for index in 0..count {
+            let (id, addr, len) = buffer(index);
+            let word = self.half(place, (addr, len), id, 0);
+            if index == 0 {
+                head = word;
+            } else {
+                self.word(place).store(word, Ordering::Relaxed);
+            }
+            place = place.ahead(1, size);
+        }
+        // Release: as in `post`.
+        self.word(first).store(head, Ordering::Release);
+        self.posted(place, count as u16, count as u16);
+    }
+
+    /// See [`super::DriverRing::take_kept`].
+    #[inline]
+    pub(super) fn take_kept(&mut self, out: &mut [(u16, u32)]) -> usize {
+        let (mut place, size) = (self.taken, self.table.size);
+        let mut count = 0;
+        for out in out {
+            let Some((id, len)) = self.next_used(place) else {
+                break;
+            };
+            assert!(id < size, "device used buffer {id} of {size}");
+            place = place.ahead(1, size);
+            *out = (id, len);
+            count += 1;
+        }
+        self.given_back(place, count);
+        usize::from(count)
+    }
+
+    /// See [`super::DriverRing::reclaim_kept`].
+    #[inline]
+    pub(super) fn reclaim_kept(&mut self) {
+        let size = self.table.size;
+        // One used descriptor stands for all buffers up to the one it names (§2.8.9).
+        while let Some((last, _)) = self.used(self.taken) {
+            assert!(last < size, "device used buffer {last} of {size}");
+            let index = self.taken.index;
+            let more = if last >= index {
+                last - index
+            } else {
+                last + (size - index)
+            };
+            self.given_back(self.taken.ahead(more + 1, size), more + 1);
+        }
+    }
+
+    #[inline]
+    fn given_back(&mut self, taken: Place, count: u16) {
+        self.taken = taken;
+        self.free = self.free.wrapping_add(count);
+        self.flying = self.flying.wrapping_sub(count);
+        assert!(self.free <= self.table.size, "device used too many buffers");
+    }
+
     pub(super) fn post_chain(&mut self, pieces: &[(u64, u32)]) -> bool {
         if pieces.len() > usize::from(self.free) {
             return false;

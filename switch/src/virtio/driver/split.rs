@@ -214,6 +214,67 @@ impl SplitDriver {
         count
     }
 
+    /// Writes descriptor `id`, which the device does not have.
+    #[inline]
+    pub(super) fn keep(&mut self, id: u16, buffer: (u64, u32)) {
+        assert!(id < self.table.size, "descriptor {id} in a smaller table");
+        Self::put_desc(self.table, id, buffer, self.direction(), 0);
+    }
+
+    /// See [`super::DriverRing::post_kept`]: descriptors stay as they are, and so do most entries of the available ring.
+    #[inline]
+    pub(super) fn post_kept(&mut self, count: usize, buffer: impl Fn(usize) -> (u16, u64, u32)) {
+        assert!(count <= usize::from(self.free), "no room for {count}");
+        if count == 0 {
+            return;
+        }
+        let mut next = self.next;
+        for index in 0..count {
+            let entry = self.avail_u16(4 + 2 * self.slot(next));
+            let id = buffer(index).0;
+            if entry.load(Ordering::Relaxed) != id {
+                entry.store(id, Ordering::Relaxed);
+            }
+            next = next.wrapping_add(1);
+        }
+        self.next = next;
+        self.free -= count as u16;
+        self.publish();
+    }
+
+    /// See [`super::DriverRing::take_kept`].
+    #[inline]
+    pub(super) fn take_kept(&mut self, out: &mut [(u16, u32)]) -> usize {
+        let count = usize::from(self.waiting()).min(out.len());
+        let (whole, size) = (self.in_order && self.way == Way::FromGuest, self.table.size);
+        let taken = self.taken;
+        for (index, out) in out[..count].iter_mut().enumerate() {
+            let slot = self.slot(taken.wrapping_add(index as u16));
+            *out = if whole {
+                (slot as u16, 0) // in order, and in a ring of kept buffers: entry and descriptor have one number
+            } else {
+                let (id, len) = self.element(slot);
+                assert!(id < u32::from(size), "device used buffer {id} of {size}");
+                (id as u16, len)
+            };
+        }
+        self.given_back(count as u16);
+        count
+    }
+
+    /// See [`super::DriverRing::reclaim_kept`].
+    #[inline]
+    pub(super) fn reclaim_kept(&mut self) {
+        self.given_back(self.waiting());
+    }
+
+    #[inline]
+    fn given_back(&mut self, count: u16) {
+        self.taken = self.taken.wrapping_add(count);
+        self.free = self.free.wrapping_add(count);
+        assert!(self.free <= self.table.size, "device used too many buffers");
+    }
+
     pub(super) fn post_chain(&mut self, pieces: &[(u64, u32)]) -> bool {
         if pieces.len() > usize::from(self.free) {
             return false;
