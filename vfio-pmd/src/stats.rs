@@ -8,13 +8,13 @@ use crate::regs;
 pub struct Statistics {
     /// Frames received.
     pub rx_frames: u64,
-    /// Bytes received, with FCS.
+    /// Bytes received, as the device counts them.
     pub rx_bytes: u64,
     /// Multicast frames received.
     pub rx_multicast: u64,
     /// Frames sent.
     pub tx_frames: u64,
-    /// Bytes sent, with FCS.
+    /// Bytes sent, as the device counts them.
     pub tx_bytes: u64,
 }
 

@@ -146,7 +146,7 @@ impl TxQueue {
             return Err(TxError::Length);
         }
         if len > Ring::BUFFER {
-            return self.push_long(len, TxOffload::default().data(len), &mut fill);
+            return self.push_long(len, TxOffload::default().data(len), FRAME_MIN, &mut fill);
         }
         if self.room() == 0 {
             self.reclaim();
@@ -154,7 +154,7 @@ impl TxQueue {
                 return Err(TxError::Full);
             }
         }
-        let sent = self.fill(self.tail, 0, len, &mut fill);
+        let sent = self.fill(self.tail, 0, len, FRAME_MIN, &mut fill);
         let report = self.silent + 1 >= REPORT;
         self.ring.set(
             self.tail,
@@ -193,7 +193,9 @@ impl TxQueue {
             self.advance(1, false);
             self.context = *offload;
         }
-        self.push_long(len, offload.data(len.max(FRAME_MIN)), &mut fill)
+        // Padding would become payload of the last segment; the device pads segments itself.
+        let least = if offload.mss.is_some() { 0 } else { FRAME_MIN };
+        self.push_long(len, offload.data(len.max(least)), least, &mut fill)
     }
 
     fn makes_room(&mut self, need: u32) -> bool {
@@ -209,6 +211,7 @@ impl TxQueue {
         &mut self,
         len: u32,
         offload: u64,
+        least: u32,
         fill: &mut dyn FnMut(u32, &mut Room<'_>),
     ) -> Result<(), TxError> {
         let count = len.div_ceil(Ring::BUFFER);
@@ -222,7 +225,7 @@ impl TxQueue {
         for index in 0..count {
             let (position, from) = (self.tail.wrapping_add(index), index * Ring::BUFFER);
             let bytes = (len - from).min(Ring::BUFFER);
-            let sent = self.fill(position, from, bytes, fill);
+            let sent = self.fill(position, from, bytes, least, fill);
             let end = index + 1 == count;
             self.ring.set(
                 position,
@@ -234,21 +237,22 @@ impl TxQueue {
         Ok(())
     }
 
-    /// Fills the buffer at `position` with `bytes` bytes of a frame from `from` on; pads a short frame. Says how many to send.
+    /// Fills the buffer at `position` with `bytes` bytes of a frame from `from` on; pads a frame shorter than `least`. Says how many to send.
     #[inline]
     fn fill(
         &self,
         position: u32,
         from: u32,
         bytes: u32,
+        least: u32,
         fill: &mut (impl FnMut(u32, &mut Room<'_>) + ?Sized),
     ) -> u32 {
         fill(from, &mut self.ring.space(position, bytes));
-        if from > 0 || bytes >= FRAME_MIN {
+        if from > 0 || bytes >= least {
             return bytes;
         }
-        self.ring.space(position, FRAME_MIN).clear_from(bytes);
-        FRAME_MIN
+        self.ring.space(position, least).clear_from(bytes);
+        least
     }
 
     /// `count` descriptors were written; the last of them asked for a report, or not.
