@@ -75,6 +75,8 @@ pub struct Slots {
     spill: [Segment; SPILL_MAX],
     count: usize,
     spilled: usize,
+    /// The processor moves a whole line at once.
+    lines: bool,
 }
 
 // SAFETY: the pointers are valid only while a `Burst` lives, which borrows the `Slots`; between bursts they are never followed.
@@ -92,6 +94,7 @@ impl Slots {
             }; SPILL_MAX],
             count: 0,
             spilled: 0,
+            lines: moves_lines(),
         })
     }
 
@@ -123,8 +126,14 @@ impl Slots {
             )
         };
         if readable >= HEAD_LEN as u32 {
-            // SAFETY: HEAD_LEN bytes can be read at `at` (just checked against the caller's promise).
-            unsafe { head.fill_once(at) };
+            // SAFETY: HEAD_LEN bytes can be read at `at` (just checked against the caller's promise); `lines` says that AVX-512 is there.
+            unsafe {
+                if self.lines {
+                    move_line(at, head.0.as_mut_ptr());
+                } else {
+                    head.fill_once(at);
+                }
+            }
         } else {
             head.0 = [0; HEAD_LEN];
             // SAFETY: `len <= readable < HEAD_LEN`, and the caller promised `len` readable bytes.
@@ -250,7 +259,10 @@ impl Burst<'_> {
         let frame = &self.slots.frames[index];
         let head = &self.slots.heads[index];
         let len = frame.len as usize;
-        if len <= HEAD_LEN {
+        if len == HEAD_LEN && self.slots.lines {
+            // SAFETY: HEAD_LEN bytes of the head are ours to read, and `to` is the caller's promise; `lines` says that AVX-512 is there.
+            unsafe { move_line(head.0.as_ptr(), to) };
+        } else if len <= HEAD_LEN {
             // SAFETY: `len <= HEAD_LEN` bytes of the head are ours to read; `to` is the caller's promise.
             unsafe { copy_short(head.0.as_ptr(), to, len) };
         } else if frame.pieces == 0 {
@@ -350,6 +362,43 @@ unsafe fn copy_once(from: *const u8, to: *mut u8, len: usize) {
     for i in 0..len {
         // SAFETY: `i < len`.
         unsafe { to.add(i).write(ptr::read_volatile(from.add(i))) };
+    }
+}
+
+/// True if [`move_line`] can be used: the processor has AVX-512F, and the compiler was not told so and uses none of its registers.
+fn moves_lines() -> bool {
+    #[cfg(all(target_arch = "x86_64", not(target_feature = "avx512f")))]
+    return std::arch::is_x86_feature_detected!("avx512f");
+    #[cfg(not(all(target_arch = "x86_64", not(target_feature = "avx512f"))))]
+    return false;
+}
+
+/// Copies 64 bytes with one load and one store.
+///
+/// A line that the other side has in its cache is taken over by the first store to it; further stores to the same line wait
+/// behind it. Four 16-byte stores took 14 to 25 cycles of the time stamp counter per line, one of 64 bytes 10 to 12; a frame of
+/// 64 bytes takes 9 cycles less where caches are near, 45 where they are far.
+///
+/// # Safety
+/// 64 bytes can be read at `from` and written at `to`; the processor has AVX-512F (see [`moves_lines`]).
+#[inline]
+unsafe fn move_line(from: *const u8, to: *mut u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the caller's promises. The upper sixteen registers are not the compiler's here (`moves_lines`), and they leave
+    // no state behind that would slow older instructions down.
+    unsafe {
+        core::arch::asm!(
+            "vmovdqu64 zmm16, [{from}]",
+            "vmovdqu64 [{to}], zmm16",
+            from = in(reg) from,
+            to = in(reg) to,
+            options(nostack, preserves_flags)
+        );
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    // SAFETY: the caller's promise.
+    unsafe {
+        copy_once(from, to, HEAD_LEN);
     }
 }
 
