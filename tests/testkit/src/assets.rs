@@ -71,7 +71,17 @@ pub struct Kernel {
 
 /// The guest's kernel, fetched on first use.
 pub fn kernel() -> Result<Kernel> {
-    let root = cached("kernel", |root| {
+    let root = kernel_tree()?;
+    let modules = one(&root.join("lib/modules"), "")?.join("kernel");
+    Ok(Kernel {
+        vmlinux: root.join("vmlinux"),
+        modules,
+    })
+}
+
+/// The unpacked package of [`kernel`], with `vmlinux` beside its folders.
+pub fn kernel_tree() -> Result<PathBuf> {
+    cached("kernel", |root| {
         let depends = run(["apt-cache", "depends", "linux-image-amd64"], UNPACK)?;
         let package = depends
             .split_whitespace()
@@ -80,22 +90,23 @@ pub fn kernel() -> Result<Kernel> {
             package.context("linux-image-amd64 depends on no kernel")?,
             root,
         )?;
-        let image = std::fs::read(one(&root.join("boot"), "vmlinuz-")?)?;
-        let (packed, plain) = (root.join("vmlinux.xz"), root.join("vmlinux"));
-        std::fs::write(&packed, payload(&image)?)?;
-        let shell = format!(
-            "xz -dc --single-stream '{}' > '{}'",
-            packed.display(),
-            plain.display()
-        );
-        run(["sh", "-c", &shell], UNPACK)?;
-        Ok(())
-    })?;
-    let modules = one(&root.join("lib/modules"), "")?.join("kernel");
-    Ok(Kernel {
-        vmlinux: root.join("vmlinux"),
-        modules,
+        unpack_kernel(&one(&root.join("boot"), "vmlinuz-")?, &root.join("vmlinux"))
     })
+}
+
+/// Makes the ELF image `plain` of the bzImage `image`.
+pub fn unpack_kernel(image: &Path, plain: &Path) -> Result<()> {
+    let bytes = std::fs::read(image)?;
+    let payload = payload(&bytes)?;
+    let unpack = match payload {
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd -dcq",
+        _ => "xz -dc --single-stream",
+    };
+    let packed = plain.with_extension("packed");
+    std::fs::write(&packed, payload)?;
+    let shell = format!("{unpack} '{}' > '{}'", packed.display(), plain.display());
+    run(["sh", "-c", &shell], UNPACK)?;
+    std::fs::remove_file(packed).map_err(Into::into)
 }
 
 /// The compressed kernel inside a bzImage (Linux `Documentation/arch/x86/boot.rst`, protocol 2.08 and later).

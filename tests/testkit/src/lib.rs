@@ -8,6 +8,7 @@
 //! - `ringway`: the program under test
 //! - `skip`: `require!` and `skip!`, loud skips
 //! - `testpmd`: a real DPDK client or backend
+//! - `vf`: the model of a VF in a process, and guests that have such VFs
 
 pub mod assets;
 pub mod docker;
@@ -18,6 +19,7 @@ pub mod ringway;
 pub mod skip;
 pub mod testpmd;
 pub mod topology;
+pub mod vf;
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;

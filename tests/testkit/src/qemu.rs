@@ -14,7 +14,7 @@ use crate::skip::{Missing, apt_candidate, file, tool};
 /// 2-3 s on a quiet machine; two guests boot beside a polling switch on two cores.
 const BOOT: Duration = Duration::from_secs(180);
 /// What the guest prints before it takes the next command.
-const READY: &str = "@@ ";
+pub(crate) const READY: &str = "@@ ";
 const BUSYBOX: &str = "/bin/busybox";
 
 /// In the order of their dependencies: an initramfs has no modules.dep.
@@ -192,6 +192,11 @@ pub struct RunningGuest {
 }
 
 impl RunningGuest {
+    /// A guest whose files live in `dir`.
+    pub(crate) fn new(process: Process, dir: tempfile::TempDir) -> Self {
+        Self { process, _dir: dir }
+    }
+
     /// Waits until the guest takes commands.
     pub fn wait_booted(&mut self) -> Result<()> {
         self.process
@@ -250,13 +255,13 @@ fn status(text: &str) -> Option<u8> {
 
 /// A cpio archive in the format the kernel unpacks (`newc`), made without root although it holds a device node.
 #[derive(Default)]
-struct Cpio {
+pub(crate) struct Cpio {
     bytes: Vec<u8>,
     files: u32,
 }
 
 impl Cpio {
-    fn add(&mut self, name: &str, mode: u32, device: (u32, u32), data: &[u8]) {
+    pub(crate) fn add(&mut self, name: &str, mode: u32, device: (u32, u32), data: &[u8]) {
         self.files += 1;
         let links = 1;
         let name_size = name.len() as u32 + 1;
@@ -286,7 +291,7 @@ impl Cpio {
         self.pad();
     }
 
-    fn finish(mut self) -> Vec<u8> {
+    pub(crate) fn finish(mut self) -> Vec<u8> {
         self.add("TRAILER!!!", 0, (0, 0), &[]);
         self.bytes
     }

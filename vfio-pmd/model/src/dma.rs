@@ -34,7 +34,8 @@ struct Map {
     len: u64,
     offset: u64,
     writable: bool,
-    file: Arc<Backing>,
+    /// None: memory that cannot be reached through a file.
+    file: Option<Arc<Backing>>,
 }
 
 /// A whole file, mapped once however many pieces of it are shown to the device: a guest behind a page-granular IOMMU maps some
@@ -129,7 +130,7 @@ impl Dma {
         if below.is_some_and(|(at, map)| at + map.len > iova) {
             return bad("overlaps an existing mapping");
         }
-        let file = Backing::open(fd.as_fd(), need)?;
+        let file = Some(Backing::open(fd.as_fd(), need)?);
         self.maps.insert(
             iova,
             Map {
@@ -140,6 +141,21 @@ impl Dma {
             },
         );
         Ok(())
+    }
+
+    /// Notes a mapping of memory that has no file, like a ROM: an access to it is a fault.
+    pub(crate) fn map_out_of_reach(&mut self, iova: u64, len: u64) {
+        let end = iova.saturating_add(len);
+        let below = self.maps.range(..end).next_back();
+        if below.is_none_or(|(at, map)| at + map.len <= iova) {
+            let map = Map {
+                len,
+                offset: 0,
+                writable: false,
+                file: None,
+            };
+            self.maps.insert(iova, map);
+        }
     }
 
     /// Takes back every mapping inside the range; false if there was none or one reaches out of it.
@@ -181,10 +197,11 @@ impl Dma {
         if into >= map.len || (write && !map.writable) {
             return None;
         }
+        let file = map.file.as_ref()?;
         let from = map.offset + into;
-        debug_assert!(from < map.file.len);
+        debug_assert!(from < file.len);
         // SAFETY: `map` checked that `offset + map.len` lies inside the file's mapping, and `into < map.len`.
-        let start = unsafe { map.file.start.as_ptr().add(from as usize) };
+        let start = unsafe { file.start.as_ptr().add(from as usize) };
         Some((start, (map.len - into).min(len)))
     }
 

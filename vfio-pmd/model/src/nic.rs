@@ -169,6 +169,11 @@ impl Nic {
         done
     }
 
+    /// Notes memory of the VF's owner that no file leads to.
+    pub fn map_out_of_reach(&self, vf: usize, iova: u64, len: u64) {
+        self.lock().vfs[vf].dma.map_out_of_reach(iova, len);
+    }
+
     /// Takes memory back; false if it was not mapped like that.
     pub fn unmap(&self, vf: usize, iova: u64, len: u64) -> bool {
         let mut state = self.lock();

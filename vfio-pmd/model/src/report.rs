@@ -97,8 +97,8 @@ pub enum Misuse {
         /// What the buffers hold.
         found: u32,
     },
-    /// A receive buffer of size 0, or bit 0 of the header address set.
-    ReceiveDescriptor {
+    /// Receive buffers of 0 bytes.
+    NoBuffer {
         /// The queue.
         queue: usize,
     },

@@ -74,7 +74,7 @@ impl Vf {
         let base = queue_base(false, queue);
         let room = ((self.get(base + SRRCTL) & SRRCTL_BSIZE) * 1024) as usize;
         if room == 0 {
-            self.report.misuse(Misuse::ReceiveDescriptor { queue });
+            self.report.misuse(Misuse::NoBuffer { queue });
             return Delivery::QueueOff;
         }
         let tag = crate::packet::be16(frame, 12)
@@ -128,10 +128,8 @@ impl Vf {
         let endless = spend(&mut self.injected.no_end);
         for (at, part) in bytes.chunks(room).enumerate() {
             let descriptor = ring.descriptor(ring.head);
-            let [buffer, header] = self.dma.descriptor(descriptor)?;
-            if header & 1 != 0 {
-                self.report.misuse(Misuse::ReceiveDescriptor { queue });
-            }
+            // The second word is not read: Linux leaves the last write-back in it.
+            let [buffer, _] = self.dma.descriptor(descriptor)?;
             self.dma.write(buffer, part)?;
             let last = at as u32 + 1 == need;
             let length = forged.unwrap_or(part.len() as u16);

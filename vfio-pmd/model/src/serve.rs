@@ -237,12 +237,13 @@ impl ServerBackend for Backend {
         size: u64,
         fd: Option<File>,
     ) -> io::Result<()> {
-        // Memory without a file, like a ROM, cannot be reached: an access to it is a fault like any other.
-        if let Some(fd) = fd {
-            let writable = flags.contains(DmaMapFlags::WRITE);
-            if let Err(error) = self.nic.map(self.vf, fd, offset, size, address, writable) {
-                log::warn!("VF {}: map {address:#x}+{size:#x}: {error}", self.vf);
-            }
+        let Some(fd) = fd else {
+            self.nic.map_out_of_reach(self.vf, address, size); // a ROM
+            return Ok(());
+        };
+        let writable = flags.contains(DmaMapFlags::WRITE);
+        if let Err(error) = self.nic.map(self.vf, fd, offset, size, address, writable) {
+            log::warn!("VF {}: map {address:#x}+{size:#x}: {error}", self.vf);
         }
         Ok(())
     }

@@ -1,0 +1,164 @@
+//! The model of the 82599's VF, judged by drivers that were written for the real device: Linux's ixgbevf and DPDK's net_ixgbe_vf.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use testkit::qemu::RunningGuest;
+use testkit::require;
+use testkit::vf::{self, Kernel, Machine, Model};
+
+const COMMAND: Duration = Duration::from_secs(120);
+
+/// Two VFs whose PF takes jumbo frames.
+fn two_vfs() -> Result<Model> {
+    Model::start(
+        &["mac=02:00:00:00:00:01", "mac=02:00:00:00:00:02"],
+        &["--mtu", "9000"],
+    )
+}
+
+/// Moves the two interfaces into network namespaces `a` and `b`, with addresses 10.0.0.1 and 10.0.0.2.
+fn separate(guest: &mut RunningGuest) -> Result<()> {
+    for (name, interface, station) in [("a", "eth0", 1), ("b", "eth1", 2)] {
+        let inside = format!("ip netns exec {name} ip");
+        let lines = format!(
+            "ip netns add {name} && ip link set {interface} netns {name} && {inside} link set {interface} name eth && \
+             {inside} addr add 10.0.0.{station}/24 dev eth && {inside} link set lo up && {inside} link set eth up"
+        );
+        guest.command(&lines, COMMAND)?;
+    }
+    for name in ["a", "b"] {
+        let up = format!(
+            "for i in $(seq 100); do ip netns exec {name} cat /sys/class/net/eth/carrier | grep -q 1 && break; sleep 0.1; done; \
+             ip netns exec {name} cat /sys/class/net/eth/carrier | grep -q 1"
+        );
+        guest.command(&up, COMMAND)?;
+    }
+    Ok(())
+}
+
+/// Pings from one namespace; every one must be answered.
+fn ping(guest: &mut RunningGuest, from: &str, to: &str, size: u32, count: u32) -> Result<()> {
+    let line = format!("ip netns exec {from} ping -c {count} -i 0.2 -W 10 -s {size} {to}");
+    let text = guest.command(&line, COMMAND)?;
+    ensure!(
+        text.contains(&format!("{count} packets received")),
+        "{size} bytes: {text}"
+    );
+    Ok(())
+}
+
+/// A counter of the interface in a namespace.
+fn counter(guest: &mut RunningGuest, namespace: &str, name: &str) -> Result<u64> {
+    let line = format!("ip netns exec {namespace} cat /sys/class/net/eth/statistics/{name}");
+    let text = guest.command(&line, COMMAND)?;
+    let number = text.lines().find_map(|line| line.trim().parse().ok());
+    number.with_context(|| format!("{name}: {text}"))
+}
+
+/// What the driver counted is what the device counted.
+fn equal_counters(guest: &mut RunningGuest, model: &mut Model) -> Result<()> {
+    for (vf, namespace) in ["a", "b"].into_iter().enumerate() {
+        // Neighbour discovery may come in between: such a frame is counted on both sides at the next look.
+        let mut pairs = Vec::new();
+        let equal = (0..20).any(|_| {
+            let one = counter(guest, namespace, "rx_packets").and_then(|rx| {
+                let tx = counter(guest, namespace, "tx_packets")?;
+                Ok((rx, tx))
+            });
+            let two = model.seen(vf).map(|seen| (seen.rx_frames, seen.tx_frames));
+            let same = matches!((&one, &two), (Ok(one), Ok(two)) if one == two);
+            pairs.push(format!("driver {one:?}, device {two:?}"));
+            same
+        });
+        ensure!(equal, "VF {vf}: {pairs:?}\n{}", model.command("show")?);
+    }
+    Ok(())
+}
+
+fn tcp(guest: &mut RunningGuest, address: &str) -> Result<()> {
+    guest.command(
+        "ip netns exec b iperf3 -s -D -1 >/tmp/server 2>&1; sleep 1",
+        COMMAND,
+    )?;
+    let text = guest.command(
+        &format!(
+            "ip netns exec a iperf3 -c {address} -n 8M --connect-timeout 10000; cat /tmp/server"
+        ),
+        COMMAND,
+    )?;
+    ensure!(text.contains("receiver"), "{text}");
+    Ok(())
+}
+
+/// Both receive and both transmit queues carried frames, and no checksum was wrong.
+fn used_both_queues(guest: &mut RunningGuest) -> Result<()> {
+    let text = guest.command("ip netns exec a ethtool -S eth", COMMAND)?;
+    let value = |name: String| {
+        let lines = text.lines().filter_map(|line| line.trim().split_once(": "));
+        let mut named = lines.filter(|(key, _)| *key == name);
+        named
+            .next()
+            .and_then(|(_, value)| value.parse::<u64>().ok())
+    };
+    for direction in ["rx", "tx"] {
+        for queue in 0..2 {
+            let frames = value(format!("{direction}_queue_{queue}_packets"));
+            ensure!(frames > Some(0), "{direction} queue {queue}: {text}");
+        }
+    }
+    ensure!(
+        value("rx_csum_offload_errors".to_owned()) == Some(0),
+        "{text}"
+    );
+    Ok(())
+}
+
+/// Linux's driver against itself: pings of all sizes, TCP, VLAN, jumbo frames, two queues.
+fn linux_on(kernel: Kernel, iommu: bool) -> Result<()> {
+    let mut model = two_vfs()?;
+    let machine = Machine {
+        iommu,
+        ..Machine::new(kernel, &model, 2)
+    };
+    let mut guest = machine.boot()?;
+    separate(&mut guest)?;
+    for size in [56, 1400, 30_000] {
+        ping(&mut guest, "a", "10.0.0.2", size, 10)?;
+    }
+    tcp(&mut guest, "10.0.0.2")?;
+    equal_counters(&mut guest, &mut model)?;
+    for (namespace, station) in [("a", 1), ("b", 2)] {
+        let inside = format!("ip netns exec {namespace} ip");
+        let line = format!(
+            "{inside} link add link eth name eth.7 type vlan id 7 && {inside} addr add 10.0.7.{station}/24 dev eth.7 && {inside} link set eth.7 up"
+        );
+        guest.command(&line, COMMAND)?;
+    }
+    ping(&mut guest, "a", "10.0.7.2", 1400, 5)?;
+    tcp(&mut guest, "10.0.7.2")?;
+    for namespace in ["a", "b"] {
+        guest.command(
+            &format!("ip netns exec {namespace} ip link set eth mtu 9000"),
+            COMMAND,
+        )?;
+    }
+    ping(&mut guest, "b", "10.0.0.1", 8900, 10)?;
+    tcp(&mut guest, "10.0.0.2")?;
+    used_both_queues(&mut guest)?;
+    model.assert_clean(2)
+}
+
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn linux_of_debian_12_takes_the_model_for_a_real_vf() -> Result<()> {
+    require!(vf::available());
+    linux_on(Kernel::Old, false)
+}
+
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn a_newer_linux_behind_an_iommu_takes_the_model_for_a_real_vf() -> Result<()> {
+    require!(vf::available());
+    linux_on(Kernel::New, true)
+}
