@@ -5,13 +5,14 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use ringway::dataplane::eth::Mac;
 
 use crate::console::{Console, Forwarded, PortStats};
 use crate::process::Proc;
 use crate::rows::{Row, Traffic};
 
 /// The station that everything is sent to in the rows with many source stations; it lives on the second port.
-pub(crate) const DESTINATION: [u8; 6] = [2, 0, 0, 0, 0, 2];
+pub(crate) const DESTINATION: Mac = Mac::from_bytes([2, 0, 0, 0, 0, 2]);
 /// Idle ports per process: DPDK has room for 32 devices.
 const IDLE_PER_PROCESS: usize = 30;
 
@@ -253,7 +254,7 @@ fn write_frames(count: u32, file: &mut impl Write) -> std::io::Result<()> {
             file.write_all(&word.to_le_bytes())?;
         }
         let mut frame = [0u8; 64];
-        frame[..6].copy_from_slice(&DESTINATION);
+        frame[..6].copy_from_slice(&DESTINATION.to_bytes());
         frame[6..12].copy_from_slice(&[2, 1, 0, 0, 0, 0]);
         frame[8..12].copy_from_slice(&station.to_be_bytes());
         frame[12..14].copy_from_slice(&[0x88, 0xb5]); // IEEE local experimental

@@ -36,7 +36,8 @@ pub(crate) struct Compare {
     /// Print the names of all rows, and end
     #[arg(long)]
     list_rows: bool,
-    /// Only these switches: ringway, ovs, testpmd, vpp
+    /// Only these switches: ringway, ovs, testpmd, vpp, reference (a plain switch on vhost-user-backend and virtio-queue)
+    /// [default: all but the reference]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     only: Vec<String>,
     /// How often every switch is visited for every row
@@ -183,9 +184,7 @@ pub(crate) fn run(options: &Compare) -> Result<()> {
 fn finish(options: &Compare, report: &Report) -> Result<()> {
     print!("{}", output::text(report));
     if let Some(path) = &options.json {
-        let mut text = serde_json::to_string_pretty(&output::json(report))?;
-        text.push('\n');
-        std::fs::write(path, text).with_context(|| path.display().to_string())?;
+        output::saved(report).write(path)?;
     }
     if let Some(path) = &options.markdown {
         std::fs::write(path, output::markdown(report))
@@ -247,11 +246,18 @@ fn available(options: &Compare) -> Result<(Vec<Box<dyn Peer>>, Vec<String>)> {
             bail!("--only vpp: --vpp PATH must name its binary");
         }
         if !peers.iter().any(|peer| peer.name() == name) {
-            bail!("--only: there is no switch {name:?}; there are: ringway, ovs, testpmd, vpp");
+            let names: Vec<_> = peers.iter().map(|peer| peer.name()).collect();
+            bail!(
+                "--only: there is no switch {name:?}; there are: {}",
+                names.join(", ")
+            );
         }
     }
     peers.retain(|peer| {
-        options.only.is_empty() || options.only.iter().any(|name| name == peer.name())
+        if options.only.is_empty() {
+            return peer.by_default();
+        }
+        options.only.iter().any(|name| name == peer.name())
     });
     let left_out: Vec<_> = peers.iter().filter_map(|peer| peer.missing()).collect();
     peers.retain(|peer| peer.missing().is_none());

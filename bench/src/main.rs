@@ -11,11 +11,14 @@ mod load;
 mod output;
 mod peers;
 mod process;
+mod reference;
 #[allow(dead_code, reason = "its further users follow")]
 mod results;
 mod rfc2544;
+mod rfc2889;
 mod rows;
 mod sample;
+mod scenario;
 mod sentinel;
 mod summary;
 mod visits;
@@ -39,6 +42,14 @@ enum Mode {
     Load(Box<load::LoadArgs>),
     Latency(Box<rfc2544::LatencyArgs>),
     Rfc2544(Box<rfc2544::Rfc2544>),
+    Rfc2889(Box<rfc2889::Rfc2889>),
+    Chain(Box<scenario::chain::ChainArgs>),
+    IdlePorts(Box<scenario::idle::IdleArgs>),
+    Neighbour(Box<scenario::neighbour::NeighbourArgs>),
+    Attach(Box<scenario::attach::AttachArgs>),
+    Outage(Box<scenario::outage::OutageArgs>),
+    Footprint(Box<scenario::footprint::FootprintArgs>),
+    Reference(reference::Reference),
     #[command(hide = true)]
     Backend(backend::Serve),
     Sentinel(watch::Watch),
@@ -46,11 +57,20 @@ enum Mode {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    process::cpus();
     let result = interrupt::listen().and_then(|()| match &arguments.mode {
         Mode::Compare(options) => compare::run(options),
         Mode::Load(options) => load::run(options),
         Mode::Latency(options) => rfc2544::run_latency(options),
         Mode::Rfc2544(options) => rfc2544::run(options),
+        Mode::Rfc2889(options) => rfc2889::run(options),
+        Mode::Chain(options) => scenario::chain::run(options),
+        Mode::IdlePorts(options) => scenario::idle::run(options),
+        Mode::Neighbour(options) => scenario::neighbour::run(options),
+        Mode::Attach(options) => scenario::attach::run(options),
+        Mode::Outage(options) => scenario::outage::run(options),
+        Mode::Footprint(options) => scenario::footprint::run(options),
+        Mode::Reference(options) => reference::run(options),
         Mode::Backend(options) => backend::run(options),
         Mode::Sentinel(options) => watch::run(options),
     });

@@ -2,14 +2,13 @@
 
 use std::fmt::Write;
 
-use comfy_table::{CellAlignment, Table, presets};
-use serde_json::{Value, json};
-
 use crate::compare::Report;
+use crate::results::{self, FORMAT, Measurement, Saved, Throughput};
 use crate::rows::{ROWS, Row};
 use crate::sample::Sample;
 use crate::sentinel::Placement;
 use crate::summary::{Cell, Spread, cells, digits, peers};
+use comfy_table::{CellAlignment, Table, presets};
 
 /// One table, still without a form.
 struct Grid {
@@ -194,9 +193,71 @@ pub(crate) fn markdown(report: &Report) -> String {
     text
 }
 
-/// Every sample, and the cells of the tables.
-pub(crate) fn json(report: &Report) -> Value {
-    json!({"report": report, "summary": cells(&report.samples)})
+/// The run in the form that all runs are saved in: every sample, the discarded ones too.
+pub(crate) fn saved(report: &Report) -> Saved {
+    let mut measurements = Vec::new();
+    for row in &ROWS {
+        for peer in peers(&report.samples) {
+            let of_cell = report
+                .samples
+                .iter()
+                .filter(|sample| (sample.row, sample.peer) == (row.name, peer));
+            let samples: Vec<_> = of_cell.map(saved_sample).collect();
+            if !samples.is_empty() {
+                measurements.push(Measurement::Throughput(Throughput {
+                    peer: peer.to_owned(),
+                    row: row.name.to_owned(),
+                    work: row.work(),
+                    base: row.base.map(str::to_owned),
+                    hop: row.traffic.is_hop(),
+                    samples,
+                }));
+            }
+        }
+    }
+    let mut caveats: Vec<String> = Vec::new();
+    caveats.extend(
+        report
+            .left_out
+            .iter()
+            .map(|line| format!("left out: {line}")),
+    );
+    caveats.extend(report.failures.iter().map(|line| format!("failed: {line}")));
+    caveats.extend(losses(&report.samples));
+    Saved {
+        format: FORMAT,
+        version: report.version.to_owned(),
+        command: report.command.clone(),
+        started: report.started,
+        host: report.host.clone(),
+        cpus: report.cpus,
+        nice: report.nice,
+        complete: report.complete,
+        versions: report
+            .peers
+            .iter()
+            .map(|peer| results::Version {
+                name: peer.name.to_owned(),
+                version: peer.version.clone(),
+            })
+            .collect(),
+        caveats,
+        measurements,
+    }
+}
+
+fn saved_sample(sample: &Sample) -> results::Sample {
+    results::Sample {
+        mpps: sample.seen.mpps,
+        placement: sample.placement,
+        discarded: sample.discarded.clone(),
+        switch_cycles: sample.seen.switch_cycles,
+        switch_busy: sample.seen.switch_busy,
+        client_cycles: sample.seen.client_cycles,
+        client_busy: sample.seen.client_busy,
+        sentinel_ns: [sample.before_ns, sample.after_ns],
+        steps: sample.seen.steps.clone(),
+    }
 }
 
 /// What has to be known to trust the tables, a line each.
@@ -360,6 +421,29 @@ mod tests {
         assert!(
             text.contains("near: shares") && text.contains("far: shares"),
             "{text}"
+        );
+    }
+
+    #[test]
+    fn a_run_is_saved_with_every_sample_and_read_back_as_it_was() {
+        let saved = saved(&report(vec![
+            sample("idle2", "ovs", 16.0, Placement::Near),
+            sample("idle64", "ovs", 8.0, Placement::Mixed),
+            sample("hop", "ringway", 6.0, Placement::Far),
+        ]));
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run.json");
+        saved.write(&path).unwrap();
+        let read = Saved::read(&path).unwrap();
+        assert_eq!(read.measurements, saved.measurements);
+        assert_eq!(read.measurements.len(), 3);
+        let unknown = std::fs::read_to_string(&path)
+            .unwrap()
+            .replace("\"kind\": \"throughput\"", "\"kind\": \"from-the-future\"");
+        std::fs::write(&path, unknown).unwrap();
+        assert_eq!(
+            Saved::read(&path).unwrap().measurements[0],
+            Measurement::Unknown
         );
     }
 

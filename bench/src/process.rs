@@ -5,11 +5,18 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, getpriority_process, kill_process, setpriority_process};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+/// How many CPUs the harness was started on. Asked for the first time before any thread is pinned: a pinned one has but its own.
+pub(crate) fn cpus() -> usize {
+    static CPUS: OnceLock<usize> = OnceLock::new();
+    *CPUS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
+}
 
 /// Pins the calling thread (and what it starts from now on) to these CPUs.
 pub(crate) fn pin(cpus: &[usize]) -> Result<()> {
@@ -131,6 +138,11 @@ impl Proc {
 
     pub(crate) fn resume(&self) -> Result<()> {
         self.signal(Signal::CONT)
+    }
+
+    /// Ends it without a word, as a crash does.
+    pub(crate) fn kill(&self) -> Result<()> {
+        self.signal(Signal::KILL)
     }
 
     fn signal(&self, signal: Signal) -> Result<()> {

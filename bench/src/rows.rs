@@ -2,6 +2,8 @@
 
 use anyhow::{Result, bail};
 
+use crate::results::Work;
+
 /// One line of the table: a kind of work that every switch gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Row {
@@ -56,6 +58,16 @@ pub(crate) enum Variant {
 }
 
 impl Variant {
+    /// For people and files.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Split => "split",
+            Self::SplitVec => "split, vectorized",
+            Self::Packed => "packed",
+            Self::PackedVec => "packed, vectorized",
+        }
+    }
+
     /// What the vdev's argument list says for it.
     pub(crate) fn arguments(self) -> &'static str {
         match self {
@@ -113,6 +125,21 @@ impl Traffic {
 }
 
 impl Row {
+    /// What the frames are, as runs are saved.
+    pub(crate) fn work(&self) -> Work {
+        let stations = match self.traffic {
+            Traffic::Stations(count) => count,
+            Traffic::Circle { .. } => 1,
+        };
+        Work {
+            title: self.title.to_owned(),
+            frame: Some(self.frame),
+            rings: self.variant.name().to_owned(),
+            ports: self.ports as u32,
+            stations,
+        }
+    }
+
     /// Whether ports and client need room for frames beyond 1518 bytes.
     pub(crate) fn jumbo(&self) -> bool {
         self.frame > 1518

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use ringway::guest::{Guest, MemoryKind, Options, QueuePair, Role};
 
+use super::relay::Relay;
 use super::sender::{Lengths, Pace, Sender};
 use super::sink::{ANNOUNCEMENTS, Arrived, Sink};
 use super::stream::{Expected, FLOWS_MAX, Stream, Target};
@@ -86,8 +87,7 @@ fn patience(text: &str) -> Result<f64, String> {
 }
 
 impl Frontends {
-    /// virtio_user's defaults.
-    #[cfg(test)]
+    /// Small split rings of ordinary memory.
     pub(crate) fn plain() -> Self {
         Self {
             rings: Rings::Split,
@@ -169,6 +169,10 @@ pub(crate) struct Queue {
 pub(crate) struct Lane {
     pub(crate) queues: Vec<Queue>,
     pub(crate) sink: Sink,
+    /// Passes frames on instead of keeping them.
+    pub(crate) relay: Option<Relay>,
+    /// Takes no frames: its receive ring is never refilled.
+    pub(crate) deaf: bool,
 }
 
 /// Ports attached to a switch.
@@ -250,6 +254,8 @@ impl Fleet {
                 })
                 .collect(),
             sink: Sink::new(self.verify_every),
+            relay: None,
+            deaf: false,
         }
     }
 
@@ -311,6 +317,7 @@ impl Fleet {
         let ports = self.lanes.len();
         for lane in &mut self.lanes {
             lane.sink.forget();
+            (lane.relay, lane.deaf) = (None, false);
         }
         for from in 0..ports {
             let queues = self.lanes[from].queues.len();
@@ -372,55 +379,122 @@ impl Fleet {
     /// somewhere, or a moment if they do not.
     pub(crate) fn announce(&mut self, stations: u32) -> Result<()> {
         for port in 0..self.lanes.len() {
-            let flows = stations.max(1);
-            let mut hello = Stream::new(ANNOUNCEMENTS, base(port), Target::All, flows);
-            let (mut left, mut moved) = (u64::from(flows), Instant::now());
-            let mut sent_last = Instant::now();
-            while left > 0 {
-                interrupt::check()?;
-                ensure!(
-                    sent_last.elapsed() < Duration::from_secs(5),
-                    "port {port}: the switch takes no frames (its ring is full and stays so)"
-                );
-                let burst = left.min(64) as usize;
-                let tx = &mut self.lanes[port].queues[0].pair.tx;
-                // With the payload that the port's frames of this length have: it stays in the buffers.
-                let sent = tx.send(burst, |slot| {
-                    hello.fill(slot, HELLO.min(slot.room()), salt(port, 0), 0)
-                });
-                if sent > 0 {
-                    (left, sent_last) = (left - sent as u64, Instant::now());
-                }
-                moved = Instant::now();
-                while self.look() == 0 && moved.elapsed() < Duration::from_millis(1) {
-                    std::thread::yield_now();
-                }
+            self.announce_port(port, stations, None)?;
+        }
+        Ok(())
+    }
+
+    /// The same for one port, at so many stations per second.
+    pub(crate) fn announce_port(
+        &mut self,
+        port: usize,
+        stations: u32,
+        rate: Option<f64>,
+    ) -> Result<()> {
+        let flows = stations.max(1);
+        let mut hello = Stream::new(ANNOUNCEMENTS, base(port), Target::All, flows);
+        let (began, mut sent_last) = (Instant::now(), Instant::now());
+        let (mut left, mut moved) = (u64::from(flows), Instant::now());
+        while left > 0 {
+            interrupt::check()?;
+            ensure!(
+                sent_last.elapsed() < Duration::from_secs(5),
+                "port {port}: the switch takes no frames (its ring is full and stays so)"
+            );
+            let due = rate.map_or(64, |rate| {
+                let due = (began.elapsed().as_secs_f64() * rate) as u64 + 1;
+                due.saturating_sub(u64::from(flows) - left).min(64)
+            });
+            let tx = &mut self.lanes[port].queues[0].pair.tx;
+            // With the payload that the port's frames of this length have: it stays in the buffers.
+            let sent = tx.send(left.min(due) as usize, |slot| {
+                hello.fill(slot, HELLO.min(slot.room()), salt(port, 0), 0)
+            });
+            if sent > 0 {
+                (left, sent_last) = (left - sent as u64, Instant::now());
             }
-            while moved.elapsed() < Duration::from_millis(3) {
-                if self.look() > 0 {
-                    moved = Instant::now();
-                }
+            if rate.is_some() {
+                self.look();
+                continue;
+            }
+            moved = Instant::now();
+            while self.look() == 0 && moved.elapsed() < Duration::from_millis(1) {
+                std::thread::yield_now();
+            }
+        }
+        while moved.elapsed() < Duration::from_millis(3) {
+            if self.look() > 0 {
+                moved = Instant::now();
             }
         }
         Ok(())
     }
 
+    /// All frames of a port are from its first station.
+    pub(crate) fn one_source(&mut self, port: usize) {
+        for queue in &mut self.lanes[port].queues {
+            queue.sender.one_source();
+        }
+    }
+
     /// Receives what there is on all ports.
     pub(crate) fn look(&mut self) -> usize {
+        let heard = self.lanes.iter_mut().filter(|lane| !lane.deaf);
+        heard.map(Self::look_at).sum()
+    }
+
+    /// Receives what there is on one port.
+    pub(crate) fn look_at(lane: &mut Lane) -> usize {
         let mut got = 0;
-        for lane in &mut self.lanes {
-            for queue in &mut lane.queues {
-                got += lane.sink.receive(&mut queue.pair.rx);
-            }
+        for queue in &mut lane.queues {
+            got += lane.sink.receive(&mut queue.pair.rx);
         }
         got
+    }
+
+    /// Every port sends one broadcast frame.
+    pub(crate) fn hello(&mut self) {
+        for (port, lane) in self.lanes.iter_mut().enumerate() {
+            let mut hello = Stream::new(ANNOUNCEMENTS, base(port), Target::All, 1);
+            let tx = &mut lane.queues[0].pair.tx;
+            tx.send(1, |slot| {
+                hello.fill(slot, HELLO.min(slot.room()), salt(port, 0), 0)
+            });
+        }
+    }
+
+    /// Wires a chain: the first port sends to the second, each passes on to the next, the last one checks.
+    pub(crate) fn wire_chain(&mut self) -> Result<()> {
+        self.wire(&[Wire { from: 0, to: 1 }], 1, 0)?;
+        let last = self.lanes.len() - 1;
+        if let Some((expected, sender)) = self.lanes[1].sink.release(0) {
+            self.lanes[last].sink.expect(0, expected, sender);
+        }
+        for port in 1..last {
+            self.lanes[port].relay = Some(Relay::new(base(port), base(port + 1)));
+        }
+        Ok(())
+    }
+
+    /// All senders of a port send at a pace of their own.
+    pub(crate) fn set_pace(&mut self, port: usize, pace: Pace) {
+        for queue in &mut self.lanes[port].queues {
+            queue.sender.set_pace(pace);
+        }
+    }
+
+    /// A port's first streams go elsewhere, where nobody expects them.
+    pub(crate) fn retarget(&mut self, port: usize, target: Target, flows: u32) {
+        for queue in &mut self.lanes[port].queues {
+            queue.sender.retarget(target, flows);
+        }
     }
 
     /// Senders that have something to send.
     pub(crate) fn senders(&self) -> usize {
         let queues = self.lanes.iter().flat_map(|lane| &lane.queues);
         queues
-            .filter(|queue| !queue.sender.streams().is_empty())
+            .filter(|queue| !queue.sender.streams().is_empty() && !queue.sender.has_own_pace())
             .count()
     }
 

@@ -2,6 +2,7 @@
 
 pub(crate) mod fleet;
 pub(crate) mod frames;
+pub(crate) mod relay;
 pub(crate) mod sender;
 pub(crate) mod sink;
 pub(crate) mod stream;

@@ -6,7 +6,7 @@ use ringway::dataplane::clock::tsc;
 use ringway::guest::Tx;
 
 use super::sink::Arrived;
-use super::stream::Stream;
+use super::stream::{Stream, Target};
 
 /// Frames per call.
 pub(crate) const BURST: u64 = 64;
@@ -75,6 +75,8 @@ pub(crate) struct Sender {
     salt: u32,
     arrived: Arrived,
     pace: Pace,
+    /// What it does whatever the trial's pace is.
+    own_pace: Option<Pace>,
     /// Frames of this trial.
     sent: u64,
     /// Open loop: the beginning, the time between frames (fixed point), the end.
@@ -103,6 +105,7 @@ impl Sender {
             salt,
             arrived,
             pace: Pace::Silent,
+            own_pace: None,
             sent: 0,
             start: 0,
             interval: 0,
@@ -113,12 +116,34 @@ impl Sender {
         }
     }
 
+    /// Sends at a pace of its own from the next trial on.
+    pub(crate) fn set_pace(&mut self, pace: Pace) {
+        self.own_pace = Some(pace);
+    }
+
+    /// Sends its first stream elsewhere; nobody is told to expect it there.
+    pub(crate) fn retarget(&mut self, target: Target, flows: u32) {
+        if let Some(stream) = self.streams.first_mut() {
+            stream.retarget(target, flows);
+        }
+    }
+
+    /// All frames are from the first station of the port.
+    pub(crate) fn one_source(&mut self) {
+        self.streams.iter_mut().for_each(Stream::one_source);
+    }
+
+    pub(crate) fn has_own_pace(&self) -> bool {
+        self.own_pace.is_some()
+    }
+
     pub(crate) fn streams(&self) -> &[Stream] {
         &self.streams
     }
 
     /// A new trial, from `start` to `end` (TSC).
     pub(crate) fn begin(&mut self, pace: Pace, start: u64, end: u64) {
+        let pace = self.own_pace.unwrap_or(pace);
         self.pace = if self.turns.is_empty() {
             Pace::Silent
         } else {

@@ -108,6 +108,12 @@ impl Sink {
         self.known[at] = Some(Known { expected, sender });
     }
 
+    /// Gives up what it expects of a stream.
+    pub(crate) fn release(&mut self, id: u16) -> Option<(Expected, Option<Arrived>)> {
+        let known = self.known.get_mut(usize::from(id))?.take()?;
+        Some((known.expected, known.sender))
+    }
+
     /// Expects nothing any more.
     pub(crate) fn forget(&mut self) {
         self.known.clear();

@@ -24,7 +24,7 @@ const BROADCAST: u64 = 0xffff_ffff_ffff;
 
 /// The address of a station as the low 48 bits of a word read little end first.
 #[inline]
-fn address(station: u32) -> u64 {
+pub(crate) fn address(station: u32) -> u64 {
     STATION | u64::from(station.swap_bytes()) << 16
 }
 
@@ -87,6 +87,8 @@ pub(crate) struct Stream {
     pub(crate) id: u16,
     /// First station of the sending port.
     source: u32,
+    /// 1: the stations take turns; 0: all frames are from the first.
+    step: u32,
     target: Target,
     order: Order,
     flow: u32,
@@ -99,6 +101,7 @@ impl Stream {
         Self {
             id,
             source,
+            step: 1,
             target,
             order: Order::new(flows),
             flow: 0,
@@ -106,19 +109,25 @@ impl Stream {
         }
     }
 
+    /// All frames are from the first station.
+    pub(crate) fn one_source(&mut self) {
+        self.step = 0;
+    }
+
+    /// Goes elsewhere from now on.
+    pub(crate) fn retarget(&mut self, target: Target, flows: u32) {
+        (self.target, self.order, self.flow) = (target, Order::new(flows), 0);
+    }
+
     /// Number of the next frame: so many were sent.
     pub(crate) fn sequence(&self) -> u64 {
         self.sequence
     }
 
-    pub(crate) fn flows(&self) -> u32 {
-        self.order.flows
-    }
-
     /// Both words of addresses, EtherType and length of the next frame.
     #[inline]
     fn head(&self, len: usize) -> (u64, u64) {
-        let source = address(self.source.wrapping_add(self.flow));
+        let source = address(self.source.wrapping_add(self.flow * self.step));
         let destination = match self.target {
             Target::Stations(first) => address(first.wrapping_add(self.flow)),
             Target::All => BROADCAST,

@@ -13,8 +13,8 @@ use super::trial::{Outcome, Trial};
 use crate::client::Cpus;
 use crate::host::{Host, hugepages_hint};
 use crate::interrupt::{self, Interrupted};
-use crate::peers::{self, Place, Setup, Switch};
-use crate::process::{Priority, pin};
+use crate::peers::{self, Place, Setup, Switch, Work};
+use crate::process::{Priority, cpus, pin};
 use crate::results::{FORMAT, Saved, Version};
 use crate::sentinel::{Placement, look};
 
@@ -85,7 +85,7 @@ impl Target {
 
     /// The switch's CPU, the generator's, that of all else.
     pub(crate) fn cpus(&self) -> Result<Cpus> {
-        let count = std::thread::available_parallelism()?.get();
+        let count = cpus();
         let client = self.client_cpu.unwrap_or(usize::from(count > 1));
         let third = (0..count).find(|cpu| ![self.switch_cpu, client].contains(cpu));
         Ok(Cpus {
@@ -249,6 +249,21 @@ impl Session {
             .and(reading)
             .ok()
             .map(|reading| reading.round_trip_ns)
+    }
+
+    /// What the switch has done so far, if it tells.
+    pub(crate) fn work(&mut self) -> Option<Work> {
+        self.started.as_mut()?.switch.work().ok()?
+    }
+
+    /// The switch's cycles per frame since then.
+    pub(crate) fn cycles_since(&mut self, before: Option<Work>) -> Option<f64> {
+        let (before, after) = (before?, self.work()?);
+        let frames = after
+            .frames
+            .checked_sub(before.frames)
+            .filter(|&frames| frames > 0)?;
+        Some((after.busy - before.busy) / frames as f64)
     }
 
     /// Says something above the bar.

@@ -58,6 +58,7 @@ pub(crate) struct Outcome {
     /// By port: latencies in TSC cycles.
     pub(crate) latencies: Vec<Histogram<u64>>,
     /// By port: what it sent and received.
+    pub(crate) offered: Vec<u64>,
     pub(crate) sent: Vec<u64>,
     pub(crate) found: Vec<Found>,
     /// By port: the longest time without a frame between two frames, nanoseconds.
@@ -211,6 +212,14 @@ impl Fleet {
             .iter_mut()
             .map(|lane| lane.sink.latencies().clone())
             .collect();
+        let offered: Vec<u64> = self
+            .lanes
+            .iter()
+            .map(|lane| {
+                let queues = lane.queues.iter();
+                queues.map(|queue| queue.sender.offered(u64::MAX)).sum()
+            })
+            .collect();
         let all_sent: u64 = sent.iter().sum();
         Outcome {
             mpps: if seconds > 0.0 {
@@ -233,6 +242,7 @@ impl Fleet {
             },
             steps,
             latencies,
+            offered,
             sent,
             found,
             gaps_ns,
@@ -274,9 +284,16 @@ fn drive(lanes: &mut [Lane], run: &Run<'_>, number: usize, cpu: Option<usize>) -
         let mut moved = 0;
         for lane in &mut *lanes {
             for queue in &mut lane.queues {
-                let got = lane.sink.receive(&mut queue.pair.rx) as u64;
-                received += got;
-                moved += got + queue.sender.send(&mut queue.pair.tx, turn);
+                if let Some(relay) = &mut lane.relay {
+                    moved += relay.turn(&mut queue.pair);
+                    continue;
+                }
+                if !lane.deaf {
+                    let got = lane.sink.receive(&mut queue.pair.rx) as u64;
+                    received += got;
+                    moved += got;
+                }
+                moved += queue.sender.send(&mut queue.pair.tx, turn);
             }
         }
         let now = tsc();
@@ -318,13 +335,21 @@ fn drain(lanes: &mut [Lane], run: &Run<'_>, ended: u64) {
         let (mut moved, mut flying) = (0, 0);
         for lane in &mut *lanes {
             for queue in &mut lane.queues {
-                moved += lane.sink.receive(&mut queue.pair.rx) as u64;
+                if let Some(relay) = &mut lane.relay {
+                    moved += relay.turn(&mut queue.pair);
+                    continue;
+                }
+                if !lane.deaf {
+                    moved += lane.sink.receive(&mut queue.pair.rx) as u64;
+                }
                 let open = matches!(run.trial.pace, Pace::Every(_) | Pace::Burst(_));
                 // A burst has no other end than its last frame; a ring that never drains ends it by silence.
                 if open && (now < grace || matches!(run.trial.pace, Pace::Burst(_))) {
                     moved += queue.sender.send(&mut queue.pair.tx, ended);
                 }
-                flying += queue.sender.in_flight();
+                if !queue.sender.has_own_pace() {
+                    flying += queue.sender.in_flight();
+                }
             }
         }
         now = tsc();
@@ -425,6 +450,16 @@ impl Outcome {
             all.add(one).expect("all have the same bounds");
         }
         distribution(name, &all, self.tsc_hz)
+    }
+
+    /// Latencies of some ports.
+    pub(crate) fn latency_of(&self, name: &str, ports: &[usize]) -> Distribution {
+        let mut some = Histogram::new_from(&self.latencies[0]);
+        for &port in ports {
+            some.add(&self.latencies[port])
+                .expect("all have the same bounds");
+        }
+        distribution(name, &some, self.tsc_hz)
     }
 
     /// Latencies of each port that received something.

@@ -1,6 +1,7 @@
 //! The switches under test: how each is started and asked. A new one is a file here and a line in [`all`].
 
 mod ovs;
+mod reference;
 mod ringway;
 mod testpmd;
 mod vpp;
@@ -12,6 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::client::Cpus;
+use crate::console::Console;
 use crate::process::Proc;
 use crate::rows::{Row, Traffic};
 
@@ -22,6 +24,11 @@ pub(crate) trait Peer {
 
     /// Why it cannot be started here, with the command that changes this; none if it can.
     fn missing(&self) -> Option<String>;
+
+    /// Whether it takes part where nobody said who shall.
+    fn by_default(&self) -> bool {
+        true
+    }
 
     /// Why it cannot do this row; none if it can.
     fn cannot(&self, _row: &Row) -> Option<String> {
@@ -34,20 +41,72 @@ pub(crate) trait Peer {
 
 /// A switch that runs; dropping it ends it.
 pub(crate) trait Switch {
+    /// What every switch has.
+    fn common(&self) -> &Common;
+
     /// Its sockets, in the order of its ports.
-    fn sockets(&self) -> &[PathBuf];
+    fn sockets(&self) -> &[PathBuf] {
+        &self.common().sockets
+    }
 
     /// Its process, with the polling thread.
-    fn proc(&self) -> &Proc;
+    fn proc(&self) -> &Proc {
+        self.common().runs.proc()
+    }
 
     /// What the binary says that it is.
-    fn version(&self) -> &str;
+    fn version(&self) -> &str {
+        &self.common().version
+    }
+
+    /// Whether it polls: one that sleeps need not get all of its CPU.
+    fn polls(&self) -> bool {
+        true
+    }
+
+    /// Ends it without a word, as a crash does.
+    fn kill(&mut self) -> Result<()> {
+        self.proc().kill()
+    }
 
     /// Called before a client connects.
     fn prepare(&mut self, row: &Row) -> Result<()>;
 
     /// What it did since its start, if it tells.
     fn work(&mut self) -> Result<Option<Work>>;
+}
+
+/// What every switch that runs has. Dropping it ends the process.
+pub(crate) struct Common {
+    pub(crate) runs: Runs,
+    pub(crate) sockets: Vec<PathBuf>,
+    pub(crate) version: String,
+}
+
+/// How a switch runs.
+pub(crate) enum Runs {
+    /// By itself.
+    Daemon(Proc),
+    /// On a terminal.
+    Console(Box<Console>),
+}
+
+impl Runs {
+    fn proc(&self) -> &Proc {
+        match self {
+            Self::Daemon(proc) => proc,
+            Self::Console(console) => console.proc(),
+        }
+    }
+}
+
+impl Drop for Runs {
+    fn drop(&mut self) {
+        match self {
+            Self::Daemon(proc) => proc.terminate(),
+            Self::Console(console) => console.quit(),
+        }
+    }
 }
 
 /// Frames, and the cycles they took.
@@ -114,6 +173,7 @@ pub(crate) fn all(ringway: Option<&Path>, vpp: Option<&Path>) -> Vec<Box<dyn Pee
         Box::new(ringway::Ringway::new(ringway)),
         Box::new(ovs::Ovs),
         Box::new(testpmd::Testpmd),
+        Box::new(reference::Reference),
     ];
     if let Some(vpp) = vpp {
         peers.push(Box::new(vpp::Vpp::new(vpp)));

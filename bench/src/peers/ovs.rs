@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::{Peer, Place, Setup, Switch, Work, output, wait_for_sockets};
+use super::{Common, Peer, Place, Runs, Setup, Switch, Work, output, wait_for_sockets};
 use crate::client::DESTINATION;
 use crate::process::{Proc, command, find, wait_for_paths};
 use crate::rows::{Row, Traffic};
@@ -79,11 +79,13 @@ impl Peer for Ovs {
             dpdk.as_deref().unwrap_or("?")
         );
         Ok(Box::new(Running {
-            proc,
+            common: Common {
+                runs: Runs::Daemon(proc),
+                sockets,
+                version,
+            },
             database,
-            sockets,
             control,
-            version,
         }))
     }
 }
@@ -178,30 +180,20 @@ fn add_ports(directory: &Path, names: &[String], jumbo: bool) -> Result<()> {
 
 struct Running {
     // Dropped in this order: the daemon before its database.
-    proc: Proc,
+    common: Common,
     #[allow(dead_code, reason = "lives as long as the daemon")]
     database: Proc,
-    sockets: Vec<PathBuf>,
     control: PathBuf,
-    version: String,
 }
 
 impl Switch for Running {
-    fn sockets(&self) -> &[PathBuf] {
-        &self.sockets
-    }
-
-    fn proc(&self) -> &Proc {
-        &self.proc
-    }
-
-    fn version(&self) -> &str {
-        &self.version
+    fn common(&self) -> &Common {
+        &self.common
     }
 
     fn prepare(&mut self, row: &Row) -> Result<()> {
         if let Traffic::Stations(_) = row.traffic {
-            let mac = DESTINATION.map(|byte| format!("{byte:02x}")).join(":");
+            let mac = DESTINATION.to_string();
             ask(&self.control, "fdb/flush", &["br0"])?;
             ask(&self.control, "fdb/add", &["br0", "vhu1", "0", &mac])?;
         }
@@ -213,12 +205,6 @@ impl Switch for Running {
         Ok(Some(work(&text).with_context(|| {
             format!("OVS: cannot read its statistics:\n{text}")
         })?))
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.proc.terminate();
     }
 }
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::{Peer, Place, Setup, Switch, Work, output, wait_for_sockets};
+use super::{Common, Peer, Place, Runs, Setup, Switch, Work, output, wait_for_sockets};
 use crate::client::DESTINATION;
 use crate::process::{Proc, command, find};
 use crate::rows::{Row, Traffic};
@@ -90,11 +90,13 @@ impl Peer for Ringway {
             .trim()
             .to_owned();
         Ok(Box::new(Running {
-            proc,
+            common: Common {
+                runs: Runs::Daemon(proc),
+                sockets,
+                version,
+            },
             binary,
-            sockets,
             api,
-            version,
         }))
     }
 }
@@ -115,11 +117,9 @@ fn configuration(sockets: &[PathBuf], stations: bool, cpu: usize) -> String {
 }
 
 struct Running {
-    proc: Proc,
+    common: Common,
     binary: PathBuf,
-    sockets: Vec<PathBuf>,
     api: PathBuf,
-    version: String,
 }
 
 impl Running {
@@ -134,21 +134,13 @@ impl Running {
 }
 
 impl Switch for Running {
-    fn sockets(&self) -> &[PathBuf] {
-        &self.sockets
-    }
-
-    fn proc(&self) -> &Proc {
-        &self.proc
-    }
-
-    fn version(&self) -> &str {
-        &self.version
+    fn common(&self) -> &Common {
+        &self.common
     }
 
     fn prepare(&mut self, row: &Row) -> Result<()> {
         if let Traffic::Stations(_) = row.traffic {
-            let mac = DESTINATION.map(|byte| format!("{byte:02x}")).join(":");
+            let mac = DESTINATION.to_string();
             self.ask(&["fdb", "flush"])?;
             self.ask(&["fdb", "add", &mac, "p1"])?;
         }
@@ -160,12 +152,6 @@ impl Switch for Running {
         Ok(Some(work(&answer).with_context(|| {
             format!("ringway: cannot read its workers:\n{answer}")
         })?))
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.proc.terminate();
     }
 }
 

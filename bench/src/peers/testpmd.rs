@@ -1,13 +1,11 @@
 //! testpmd with two vhost ports and `io` forwarding: the vhost library, buffers and bursts of 32, and no lookup. It is
 //! the switch that does not switch.
 
-use std::path::PathBuf;
+use anyhow::{Result, bail};
 
-use anyhow::Result;
-
-use super::{Peer, Place, Setup, Switch, Work};
+use super::{Common, Peer, Place, Runs, Setup, Switch, Work};
 use crate::console::{Console, TESTPMD, TESTPMD_MISSING};
-use crate::process::{Proc, find};
+use crate::process::find;
 use crate::rows::Row;
 
 /// DPDK has room for 32 devices in a process.
@@ -62,57 +60,54 @@ impl Peer for Testpmd {
         }
         let mut console = Console::start("testpmd (as a switch)", &[cpu], &arguments, &directory)?;
         console.tell("start")?;
+        let version = console.version().to_owned();
         Ok(Box::new(Running {
-            console,
-            sockets,
+            common: Common {
+                runs: Runs::Console(Box::new(console)),
+                sockets,
+                version,
+            },
             records: false,
         }))
     }
 }
 
 struct Running {
-    console: Console,
-    sockets: Vec<PathBuf>,
+    common: Common,
     records: bool,
 }
 
+impl Running {
+    fn console(&mut self) -> Result<&mut Console> {
+        match &mut self.common.runs {
+            Runs::Console(console) => Ok(console),
+            Runs::Daemon(_) => bail!("testpmd runs on a terminal"),
+        }
+    }
+}
+
 impl Switch for Running {
-    fn sockets(&self) -> &[PathBuf] {
-        &self.sockets
-    }
-
-    fn proc(&self) -> &Proc {
-        self.console.proc()
-    }
-
-    fn version(&self) -> &str {
-        self.console.version()
+    fn common(&self) -> &Common {
+        &self.common
     }
 
     fn prepare(&mut self, row: &Row) -> Result<()> {
         // Two readings of the clock per burst are nothing for a burst of 32 and a good part of a burst of one.
         self.records = !row.traffic.is_hop();
-        self.console.tell(&format!(
-            "set record-core-cycles {}",
-            if self.records { "on" } else { "off" }
-        ))
+        let record = if self.records { "on" } else { "off" };
+        self.console()?
+            .tell(&format!("set record-core-cycles {record}"))
     }
 
     fn work(&mut self) -> Result<Option<Work>> {
         if !self.records {
             return Ok(None);
         }
-        let forwarded = self.console.forwarded()?;
+        let forwarded = self.console()?.forwarded()?;
         Ok(forwarded.cycles.map(|cycles| Work {
             frames: forwarded.rx,
             busy: cycles as f64,
             all: None,
         }))
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.console.quit();
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Peer, Place, Setup, Switch, Work, output, wait_for_sockets};
+use super::{Common, Peer, Place, Runs, Setup, Switch, Work, output, wait_for_sockets};
 use crate::client::DESTINATION;
 use crate::process::{Proc, command, find};
 use crate::rows::{Row, Traffic};
@@ -89,10 +89,12 @@ impl Peer for Vpp {
         }
         wait_for_sockets(&mut proc, &sockets, &log)?;
         Ok(Box::new(Running {
-            proc,
+            common: Common {
+                runs: Runs::Daemon(proc),
+                sockets,
+                version,
+            },
             control,
-            sockets,
-            version,
         }))
     }
 }
@@ -135,28 +137,18 @@ impl Control {
 }
 
 struct Running {
-    proc: Proc,
+    common: Common,
     control: Control,
-    sockets: Vec<PathBuf>,
-    version: String,
 }
 
 impl Switch for Running {
-    fn sockets(&self) -> &[PathBuf] {
-        &self.sockets
-    }
-
-    fn proc(&self) -> &Proc {
-        &self.proc
-    }
-
-    fn version(&self) -> &str {
-        &self.version
+    fn common(&self) -> &Common {
+        &self.common
     }
 
     fn prepare(&mut self, row: &Row) -> Result<()> {
         if let Traffic::Stations(_) = row.traffic {
-            let mac = DESTINATION.map(|byte| format!("{byte:02x}")).join(":");
+            let mac = DESTINATION.to_string();
             self.control.ask("l2fib flush-mac bridge-domain 1")?;
             self.control
                 .ask(&format!("l2fib add {mac} 1 VirtualEthernet0/0/1 static"))?;
@@ -167,12 +159,6 @@ impl Switch for Running {
 
     fn work(&mut self) -> Result<Option<Work>> {
         Ok(work(&self.control.ask("show runtime")?))
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.proc.terminate();
     }
 }
 

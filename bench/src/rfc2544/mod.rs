@@ -187,7 +187,6 @@ impl Bench<'_> {
     }
 
     fn line(&mut self, line: &str) {
-        self.session.say(line);
         self.text += line;
         self.text.push('\n');
     }

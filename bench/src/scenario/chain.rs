@@ -1,0 +1,99 @@
+//! `ringway-bench chain`: frames through several containers one after the other, as service chains have them.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+
+use super::with_ports;
+use crate::interrupt;
+use crate::load::fleet::Frontends;
+use crate::load::frames::Frames;
+use crate::load::sender::Pace;
+use crate::load::target::{self, Session, Target};
+use crate::load::trial::Trial;
+use crate::load::{faults, placement_name, seconds, times};
+use crate::results::{Chain, Measurement, Saved};
+use crate::summary::digits;
+
+/// Sends frames through chains of containers, each of which passes them on to the next, and measures rate, latency and jitter
+/// from the first to the last.
+///
+/// After Anderson et al., Performance Considerations of Network Functions Virtualization using Containers (ICNC 2016). A container
+/// here is a port of its own: it takes each frame, addresses it to the next container and sends it, with one copy. All of
+/// them run on the generator's CPU, so the rate of a long chain is theirs; the latency with one frame in flight is the switch's.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ChainArgs {
+    #[command(flatten)]
+    target: Target,
+    #[command(flatten)]
+    frontends: Frontends,
+    #[command(flatten)]
+    frames: Frames,
+    /// Numbers of containers between the first and the last
+    #[arg(long, value_name = "NUMBER,...", value_delimiter = ',', default_value = "1,2,4,8", value_parser = clap::value_parser!(u16).range(1..=64))]
+    lengths: Vec<u16>,
+    /// How long, for each length
+    #[arg(long, default_value_t = 2.0, value_parser = seconds)]
+    seconds: f64,
+    /// Write the result as JSON (`-`: to the terminal)
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// Runs the subcommand.
+pub(crate) fn run(options: &ChainArgs) -> Result<()> {
+    target::for_each(&options.target, options.json.as_deref(), |target| {
+        let (mut all, mut text): (Option<Saved>, _) = (None, String::new());
+        for &length in &options.lengths {
+            interrupt::check()?;
+            let (saved, line) = one(options, target, usize::from(length))?;
+            text += &line;
+            match &mut all {
+                Some(all) => all.add(saved),
+                None => all = Some(saved),
+            }
+        }
+        all.map(|saved| (saved, text)).context("no length")
+    })
+}
+
+fn one(options: &ChainArgs, target: &Target, length: usize) -> Result<(Saved, String)> {
+    let ports = length + 2;
+    let target = with_ports(target, ports);
+    let mut session = Session::attached(&target, &options.frontends, &options.frames, Some(ports))?;
+    ensure!(
+        session.ports == ports,
+        "a chain of {length} takes {ports} ports, there are {}",
+        session.ports
+    );
+    session.fleet.wire_chain()?;
+    session.fleet.announce(1)?;
+    let mut trial = Trial::new(Pace::Window(256), 0.3);
+    session.trial(&trial)?;
+    trial.time = std::time::Duration::from_secs_f64(options.seconds);
+    let loaded = session.trial(&trial)?;
+    trial.pace = Pace::Window(1);
+    let single = session.trial(&trial)?;
+    let latency = single.latency("one in flight");
+    let text = format!(
+        "{}: a chain of {length}: {} Mpps, jitter {:.2} µs, {}\n{}\n{}\n",
+        session.peer,
+        digits(loaded.mpps),
+        single.jitter_ns / 1e3,
+        placement_name(session.placement),
+        faults(&loaded.count),
+        times(&latency)
+    );
+    session.saved.measurements.push(Measurement::Chain(Chain {
+        peer: session.peer.clone(),
+        work: options.frames.work(&options.frontends, ports),
+        length: length as u32,
+        mpps: loaded.mpps,
+        latency,
+        jitter_ns: single.jitter_ns,
+        count: loaded.count.clone(),
+        placement: session.placement,
+    }));
+    let complete = loaded.partial.is_none() && single.partial.is_none();
+    Ok((session.close(complete), text))
+}

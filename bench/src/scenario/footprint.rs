@@ -1,0 +1,104 @@
+//! `ringway-bench footprint`: memory and CPU of a switch whose containers are silent.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::{own_switch, room_for, with_ports};
+use crate::interrupt;
+use crate::load::fleet::Frontends;
+use crate::load::frames::Frames;
+use crate::load::seconds;
+use crate::load::target::{self, Session, Target};
+use crate::results::{Footprint, Measurement, Saved};
+
+/// Measures memory, CPU time and threads of a switch that has containers and nothing to do.
+#[derive(Debug, clap::Args)]
+pub(crate) struct FootprintArgs {
+    #[command(flatten)]
+    target: Target,
+    /// Silent containers
+    #[arg(long, value_name = "NUMBER", default_value_t = 16, value_parser = clap::value_parser!(u16).range(2..=1000))]
+    containers: u16,
+    /// How long to watch
+    #[arg(long, default_value_t = 3.0, value_parser = seconds)]
+    seconds: f64,
+    /// Write the result as JSON (`-`: to the terminal)
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// A switch may still be busy with its containers' arrival.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// Runs the subcommand.
+pub(crate) fn run(options: &FootprintArgs) -> Result<()> {
+    target::for_each(&options.target, options.json.as_deref(), |target| {
+        own_switch(target, "footprint")?;
+        one(options, target)
+    })
+}
+
+fn one(options: &FootprintArgs, target: &Target) -> Result<(Saved, String)> {
+    let count = usize::from(options.containers);
+    room_for(count);
+    let frontends = Frontends::plain();
+    let target = with_ports(target, count);
+    let mut session = Session::attached(&target, &frontends, &Frames::plain(64), None)?;
+    interrupt::sleep(SETTLE)?;
+    let started = session.started.as_ref().context("a switch of ours")?;
+    let proc = started.switch.proc();
+    let before = proc.threads();
+    let watched = std::time::Instant::now();
+    interrupt::sleep(Duration::from_secs_f64(options.seconds))?;
+    let after = proc.threads();
+    let grown = after.iter().map(|(id, after)| {
+        let before = before.get(id).map_or(Duration::ZERO, |before| before.cpu);
+        after.cpu.saturating_sub(before).as_secs_f64()
+    });
+    let cpu = grown.sum::<f64>() / watched.elapsed().as_secs_f64();
+    let (resident_mib, hugepages_mib) = memory(proc.pid());
+    let text = format!(
+        "{}: {count} silent containers: {resident_mib:.1} MiB resident (the containers' shared memory as far as it is mapped \
+         included), {hugepages_mib:.0} MiB of hugepages, {:.2} CPUs, {} threads\n",
+        session.peer,
+        cpu,
+        after.len()
+    );
+    let footprint = Footprint {
+        peer: session.peer.clone(),
+        ports: count as u32,
+        resident_mib,
+        hugepages_mib,
+        cpu,
+        threads: after.len() as u32,
+    };
+    session
+        .saved
+        .measurements
+        .push(Measurement::Footprint(footprint));
+    Ok((session.close(true), text))
+}
+
+/// Resident memory and hugepages of a process, MiB.
+fn memory(pid: u32) -> (f64, f64) {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
+    let kib = |label: &str| -> f64 {
+        let lines = text.lines().filter_map(|line| line.strip_prefix(label));
+        lines
+            .filter_map(|rest| rest.split_whitespace().next()?.parse::<f64>().ok())
+            .sum()
+    };
+    let huge = kib("Private_Hugetlb:") + kib("Shared_Hugetlb:");
+    (kib("Rss:") / 1024.0, huge / 1024.0)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn this_process_has_memory() {
+        let (resident, _) = super::memory(std::process::id());
+        assert!(resident > 0.5, "{resident}");
+    }
+}

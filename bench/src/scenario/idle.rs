@@ -1,0 +1,112 @@
+//! `ringway-bench idle-ports`: what connected, silent containers cost the two that work.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+use super::{own_switch, room_for, with_ports};
+use crate::interrupt;
+use crate::load::fleet::{Fleet, Frontends, Memory};
+use crate::load::frames::Frames;
+use crate::load::sender::Pace;
+use crate::load::target::{self, Session, Target};
+use crate::load::trial::Trial;
+use crate::load::{placement_name, seconds};
+use crate::results::{IdlePorts, Measurement, Saved};
+use crate::summary::digits;
+
+/// Measures two busy ports among more and more connected, silent ones.
+#[derive(Debug, clap::Args)]
+pub(crate) struct IdleArgs {
+    #[command(flatten)]
+    target: Target,
+    #[command(flatten)]
+    frontends: Frontends,
+    #[command(flatten)]
+    frames: Frames,
+    /// Numbers of silent ports
+    #[arg(long, value_name = "NUMBER,...", value_delimiter = ',', default_value = "0,16,64,256,1000", value_parser = clap::value_parser!(u16).range(0..=4000))]
+    counts: Vec<u16>,
+    /// How long, for each number
+    #[arg(long, default_value_t = 2.0, value_parser = seconds)]
+    seconds: f64,
+    /// Write the result as JSON (`-`: to the terminal)
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// Runs the subcommand.
+pub(crate) fn run(options: &IdleArgs) -> Result<()> {
+    target::for_each(&options.target, options.json.as_deref(), |target| {
+        own_switch(target, "idle-ports")?;
+        let (mut all, mut text): (Option<Saved>, _) = (None, String::new());
+        for &count in &options.counts {
+            interrupt::check()?;
+            let done = one(options, target, usize::from(count));
+            match (done, &mut all) {
+                (Ok((saved, line)), all) => {
+                    text += &line;
+                    match all {
+                        Some(all) => all.add(saved),
+                        None => *all = Some(saved),
+                    }
+                }
+                // Some switches have room for 32 ports: what was measured before counts.
+                (Err(error), Some(all)) => {
+                    let line = format!("{count} silent ports: {error:#}");
+                    text += &format!("  {line}\n");
+                    all.caveats.push(line);
+                }
+                (Err(error), None) => return Err(error),
+            }
+        }
+        all.map(|saved| (saved, text)).context("no number of ports")
+    })
+}
+
+fn one(options: &IdleArgs, target: &Target, count: usize) -> Result<(Saved, String)> {
+    room_for(count + 2);
+    let target = with_ports(target, count + 2);
+    let mut session = Session::attached(&target, &options.frontends, &options.frames, Some(2))?;
+    let sockets = match &session.started {
+        Some(started) => started.switch.sockets()[2..].to_vec(),
+        None => Vec::new(),
+    };
+    // Small rings of ordinary memory: silent ports shall not take the hugepages of those that work.
+    let silent = Frontends {
+        ring_size: 64,
+        memory: Memory::Memfd,
+        queues: 1,
+        ..options.frontends.clone()
+    };
+    let silent = Fleet::attach(&silent, &sockets, &options.frames.lengths(), 64)
+        .context("connecting the silent ports")?;
+    let wires = options.frames.wires(2)?;
+    session.fleet.wire(&wires, options.frames.stations, 0)?;
+    session.fleet.announce(options.frames.stations)?;
+    session.trial(&Trial::new(Pace::Window(512), 0.5))?;
+    let before = session.work();
+    let outcome = session.trial(&Trial::new(Pace::Window(512), options.seconds))?;
+    let cycles = session.cycles_since(before);
+    silent.detach();
+    let text = format!(
+        "{}: {count:4} silent ports: {} Mpps, switch {} cycles per frame, {}\n",
+        session.peer,
+        digits(outcome.mpps),
+        cycles.map_or("–".to_owned(), digits),
+        placement_name(session.placement)
+    );
+    let measurement = IdlePorts {
+        peer: session.peer.clone(),
+        work: options.frames.work(&options.frontends, 2),
+        idle: count as u32,
+        mpps: outcome.mpps,
+        switch_cycles: cycles,
+        placement: session.placement,
+    };
+    session
+        .saved
+        .measurements
+        .push(Measurement::IdlePorts(measurement));
+    Ok((session.close(outcome.partial.is_none()), text))
+}
