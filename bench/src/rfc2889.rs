@@ -5,15 +5,17 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 
 use crate::interrupt;
-use crate::load::fleet::{Frontends, Wire};
+use crate::load::fleet::Wire;
 use crate::load::frames::Frames;
+use crate::load::frontends::Frontends;
+use crate::load::outcome::Outcome;
 use crate::load::seconds;
 use crate::load::sender::Pace;
 use crate::load::stream::FLOWS_MAX;
 use crate::load::target::{self, Session, Target};
-use crate::load::trial::{Outcome, Trial};
+use crate::load::trial::Trial;
 use crate::results::{AddressStep, Addresses, Count, HeadOfLine, Measurement, Saved};
-use crate::scenario::{own_switch, with_ports};
+use crate::scenario::{gather, own_switch, with_ports};
 use crate::summary::digits;
 
 /// The tests.
@@ -77,24 +79,12 @@ const CALM: f64 = 100_000.0;
 pub(crate) fn run(options: &Rfc2889) -> Result<()> {
     target::for_each(&options.target, options.json.as_deref(), |target| {
         own_switch(target, "rfc2889")?;
-        let mut all: Option<Saved> = None;
-        let mut text = String::new();
-        for test in &options.tests {
-            interrupt::check()?;
-            let (saved, lines) = match test {
-                Test::HeadOfLine => head_of_line(options, target)?,
-                Test::Caching => caching(options, target)?,
-                Test::Learning => learning(options, target)?,
-                Test::Broadcast => broadcast(options, target)?,
-            };
-            text += &lines;
-            match &mut all {
-                Some(all) => all.add(saved),
-                None => all = Some(saved),
-            }
-        }
-        all.map(|saved| (saved, text))
-            .ok_or_else(|| anyhow::anyhow!("--tests: names none"))
+        gather(&options.tests, |test| match test {
+            Test::HeadOfLine => head_of_line(options, target),
+            Test::Caching => caching(options, target),
+            Test::Learning => learning(options, target),
+            Test::Broadcast => broadcast(options, target),
+        })
     })
 }
 

@@ -2,7 +2,8 @@
 
 use anyhow::{Result, ensure};
 
-use super::fleet::{Frontends, Wire};
+use super::fleet::Wire;
+use super::frontends::Frontends;
 use super::sender::Lengths;
 use super::stream::FLOWS_MAX;
 use crate::results::Work;

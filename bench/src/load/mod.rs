@@ -2,6 +2,8 @@
 
 pub(crate) mod fleet;
 pub(crate) mod frames;
+pub(crate) mod frontends;
+pub(crate) mod outcome;
 pub(crate) mod relay;
 pub(crate) mod sender;
 pub(crate) mod sink;
@@ -21,11 +23,13 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::results::{Count, Distribution, Load, Measurement, Saved};
 use crate::sentinel::Placement;
 use crate::summary::digits;
-use fleet::{Fleet, Frontends};
+use fleet::Fleet;
 use frames::Frames;
+use frontends::Frontends;
+use outcome::Outcome;
 use sender::Pace;
 use target::{Session, Target};
-use trial::{Outcome, Trial};
+use trial::Trial;
 
 /// Sends frames through a switch as containers do, and checks every frame that comes back.
 ///

@@ -7,9 +7,11 @@ use anyhow::{Context, Result, bail, ensure};
 use indicatif::ProgressBar;
 use tempfile::TempDir;
 
-use super::fleet::{Fleet, Frontends};
+use super::fleet::Fleet;
 use super::frames::Frames;
-use super::trial::{Outcome, Trial};
+use super::frontends::Frontends;
+use super::outcome::Outcome;
+use super::trial::Trial;
 use crate::client::Cpus;
 use crate::host::{Host, hugepages_hint};
 use crate::interrupt::{self, Interrupted};

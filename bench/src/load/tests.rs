@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::fleet::{Fleet, Frontends, Rings};
+use super::fleet::Fleet;
 use super::frames::{Frames, Pattern};
+use super::frontends::{Frontends, Rings};
+use super::outcome::Outcome;
 use super::sender::{Lengths, Pace};
-use super::trial::{Outcome, Trial};
+use super::trial::Trial;
 use crate::backend::{Action, Backend, Fate, Kind};
 use crate::results::Count;
 

@@ -6,16 +6,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use crossbeam::utils::CachePadded;
-use hdrhistogram::Histogram;
 use ringway::dataplane::clock::tsc;
 use ringway::guest::Guest;
 
 use super::fleet::{Fleet, Lane};
-use super::sender::Pace;
+use super::outcome::Outcome;
+use super::sender::{Pace, Sender};
 use super::sink::Found;
 use crate::interrupt;
 use crate::process::pin;
-use crate::results::{Count, Distribution};
+use crate::results::Count;
 
 /// Turns between two looks at the flags.
 const TURNS: u32 = 64;
@@ -49,29 +49,6 @@ impl Trial {
     }
 }
 
-/// What came of it.
-pub(crate) struct Outcome {
-    pub(crate) count: Count,
-    /// Received within the time, million frames per second.
-    pub(crate) mpps: f64,
-    pub(crate) steps: Vec<f64>,
-    /// By port: latencies in TSC cycles.
-    pub(crate) latencies: Vec<Histogram<u64>>,
-    /// By port: what it sent and received.
-    pub(crate) offered: Vec<u64>,
-    pub(crate) sent: Vec<u64>,
-    pub(crate) found: Vec<Found>,
-    /// By port: the longest time without a frame between two frames, nanoseconds.
-    pub(crate) gaps_ns: Vec<f64>,
-    pub(crate) jitter_ns: f64,
-    /// TSC cycles of the generator per frame received, without idle turns, and the share of its time.
-    pub(crate) cycles: f64,
-    pub(crate) busy: f64,
-    /// Why it ended early.
-    pub(crate) partial: Option<String>,
-    tsc_hz: f64,
-}
-
 /// What the threads share.
 struct Run<'t> {
     trial: &'t Trial,
@@ -79,6 +56,7 @@ struct Run<'t> {
     end: u64,
     hz: f64,
     stop: AtomicBool,
+    lied: AtomicBool,
     received: Vec<CachePadded<AtomicU64>>,
     ready: Barrier,
 }
@@ -118,6 +96,7 @@ impl Fleet {
             end,
             hz,
             stop: AtomicBool::new(false),
+            lied: AtomicBool::new(false),
             received: (0..threads).map(|_| CachePadded::default()).collect(),
             ready: Barrier::new(threads),
         };
@@ -186,71 +165,73 @@ impl Fleet {
         steps: Vec<f64>,
         partial: Option<String>,
     ) -> Outcome {
-        let seconds = spent.ended.saturating_sub(start) as f64 / self.tsc_hz;
         let ns = 1e9 / self.tsc_hz;
-        let (mut expected, mut sent) = (0, Vec::new());
-        for lane in &self.lanes {
-            for stream in lane.queues.iter().flat_map(|queue| queue.sender.streams()) {
-                let id = usize::from(stream.id);
-                expected += (stream.sequence() - before[id]) * self.receivers[id];
-            }
-            sent.push(lane.queues.iter().map(|queue| queue.sender.sent()).sum());
-        }
-        let found: Vec<_> = self.lanes.iter().map(|lane| lane.sink.found()).collect();
-        let mut sum = Found::default();
-        found.iter().for_each(|&one| sum += one);
-        let silences = self.lanes.iter().map(|lane| lane.sink.silence());
-        let gaps_ns = silences.map(|(_, gap)| gap as f64 * ns).collect();
-        let jitters: Vec<_> = self
-            .lanes
-            .iter()
+        let count = self.count(before, spent, start);
+        let lanes = self.lanes.iter();
+        let per_port = |value: fn(&Sender) -> u64| -> Vec<u64> {
+            let sum = |lane: &Lane| {
+                lane.queues
+                    .iter()
+                    .map(|queue| value(&queue.sender))
+                    .sum::<u64>()
+            };
+            self.lanes.iter().map(sum).collect()
+        };
+        let jitters: Vec<_> = lanes
             .map(|lane| lane.sink.jitter())
             .filter(|&jitter| jitter > 0.0)
             .collect();
-        let latencies = self
-            .lanes
-            .iter_mut()
-            .map(|lane| lane.sink.latencies().clone())
-            .collect();
-        let offered: Vec<u64> = self
-            .lanes
-            .iter()
-            .map(|lane| {
-                let queues = lane.queues.iter();
-                queues.map(|queue| queue.sender.offered(u64::MAX)).sum()
-            })
-            .collect();
-        let all_sent: u64 = sent.iter().sum();
+        let silences = self.lanes.iter().map(|lane| lane.sink.silence());
         Outcome {
-            mpps: if seconds > 0.0 {
-                spent.received as f64 / seconds / 1e6
+            mpps: if count.seconds > 0.0 {
+                spent.received as f64 / count.seconds / 1e6
             } else {
                 0.0
             },
-            count: Count {
-                seconds,
-                offered: spent.offered.max(all_sent),
-                sent: all_sent,
-                received: sum.received,
-                bytes: sum.bytes,
-                lost: expected.saturating_sub(sum.received + sum.corrupted),
-                duplicated: sum.duplicated,
-                reordered: sum.reordered,
-                corrupted: sum.corrupted,
-                foreign: sum.foreign,
-                verified: sum.verified,
-            },
             steps,
-            latencies,
-            offered,
-            sent,
-            found,
-            gaps_ns,
+            offered: per_port(|sender| sender.offered(u64::MAX)),
+            sent: per_port(Sender::sent),
+            found: self.lanes.iter().map(|lane| lane.sink.found()).collect(),
+            gaps_ns: silences.map(|(_, gap)| gap as f64 * ns).collect(),
             jitter_ns: jitters.iter().sum::<f64>() / jitters.len().max(1) as f64 * ns,
+            latencies: self
+                .lanes
+                .iter_mut()
+                .map(|lane| lane.sink.latencies().clone())
+                .collect(),
             cycles: spent.busy as f64 / spent.received.max(1) as f64,
             busy: spent.busy as f64 / spent.all.max(1) as f64,
             partial,
             tsc_hz: self.tsc_hz,
+            count,
+        }
+    }
+
+    /// All ports together.
+    fn count(&self, before: &[u64], spent: Spent, start: u64) -> Count {
+        let (mut expected, mut sent, mut sum) = (0, 0, Found::default());
+        for lane in &self.lanes {
+            for queue in &lane.queues {
+                sent += queue.sender.sent();
+                for stream in queue.sender.streams() {
+                    let id = usize::from(stream.id);
+                    expected += (stream.sequence() - before[id]) * self.receivers[id];
+                }
+            }
+            sum += lane.sink.found();
+        }
+        Count {
+            seconds: spent.ended.saturating_sub(start) as f64 / self.tsc_hz,
+            offered: spent.offered.max(sent),
+            sent,
+            received: sum.received,
+            bytes: sum.bytes,
+            lost: expected.saturating_sub(sum.received + sum.corrupted),
+            duplicated: sum.duplicated,
+            reordered: sum.reordered,
+            corrupted: sum.corrupted,
+            foreign: sum.foreign,
+            verified: sum.verified,
         }
     }
 }
@@ -308,6 +289,11 @@ fn drive(lanes: &mut [Lane], run: &Run<'_>, number: usize, cpu: Option<usize>) -
         if turns.is_multiple_of(TURNS) {
             // Relaxed: a number for the progress bar.
             run.received[number].store(received, Ordering::Relaxed);
+            let mut queues = lanes.iter().flat_map(|lane| &lane.queues);
+            if queues.any(|queue| queue.pair.rx.lied() || queue.pair.tx.lied()) {
+                run.lied.store(true, Ordering::Relaxed);
+                break;
+            }
             if run.stop.load(Ordering::Relaxed) {
                 break;
             }
@@ -405,7 +391,9 @@ fn watch(
             continue;
         }
         let during = began.elapsed() < run.trial.time;
-        partial = if interrupt::check().is_err() {
+        partial = if run.lied.load(Ordering::Relaxed) {
+            Some("the switch gave back a buffer that it did not have".to_owned())
+        } else if interrupt::check().is_err() {
             Some("interrupted".to_owned())
         } else if let Some(port) = Fleet::gone(guests) {
             Some(format!("the switch closed the connection of port {port}"))
@@ -426,96 +414,6 @@ fn watch(
     (steps, partial)
 }
 
-impl Outcome {
-    /// Frames offered per second, in millions.
-    pub(crate) fn offered_mpps(&self) -> f64 {
-        self.count.offered as f64 / self.count.seconds.max(1e-9) / 1e6
-    }
-
-    /// Frames that were due and that the switch did not take.
-    pub(crate) fn refused(&self) -> u64 {
-        self.count.offered - self.count.sent
-    }
-
-    /// The share of the offered frames that was not received.
-    pub(crate) fn loss(&self) -> f64 {
-        let lost = self.refused() + self.count.lost + self.count.corrupted;
-        lost as f64 / self.count.offered.max(1) as f64
-    }
-
-    /// Latencies of all ports.
-    pub(crate) fn latency(&self, name: &str) -> Distribution {
-        let mut all = self.latencies[0].clone();
-        for one in &self.latencies[1..] {
-            all.add(one).expect("all have the same bounds");
-        }
-        distribution(name, &all, self.tsc_hz)
-    }
-
-    /// Latencies of some ports.
-    pub(crate) fn latency_of(&self, name: &str, ports: &[usize]) -> Distribution {
-        let mut some = Histogram::new_from(&self.latencies[0]);
-        for &port in ports {
-            some.add(&self.latencies[port])
-                .expect("all have the same bounds");
-        }
-        distribution(name, &some, self.tsc_hz)
-    }
-
-    /// Latencies of each port that received something.
-    pub(crate) fn by_port(&self) -> Vec<Distribution> {
-        let ports = self.latencies.iter().enumerate();
-        ports
-            .filter(|(_, latencies)| !latencies.is_empty())
-            .map(|(port, latencies)| {
-                distribution(&format!("to port {port}"), latencies, self.tsc_hz)
-            })
-            .collect()
-    }
-}
-
-/// A histogram of TSC cycles in nanoseconds.
-pub(crate) fn distribution(name: &str, cycles: &Histogram<u64>, tsc_hz: f64) -> Distribution {
-    let ns = |cycles: f64| round(cycles * 1e9 / tsc_hz);
-    let quantile = |quantile| ns(cycles.value_at_quantile(quantile) as f64);
-    let count = cycles.len();
-    let mut cdf: Vec<[f64; 2]> = Vec::new();
-    if count > 0 {
-        // A point per bucket of the logarithmic axis, finer towards the tail.
-        for value in cycles.iter_quantiles(12) {
-            let point = [ns(value.value_iterated_to() as f64), value.quantile()];
-            if cdf.last().is_none_or(|last| last[0] < point[0]) {
-                cdf.push(point);
-            } else if let Some(last) = cdf.last_mut() {
-                last[1] = point[1];
-            }
-        }
-    }
-    Distribution {
-        name: name.to_owned(),
-        count,
-        min: if count > 0 {
-            ns(cycles.min() as f64)
-        } else {
-            0.0
-        },
-        mean: ns(cycles.mean()),
-        stdev: ns(cycles.stdev()),
-        p50: quantile(0.5),
-        p90: quantile(0.9),
-        p99: quantile(0.99),
-        p999: quantile(0.999),
-        p9999: quantile(0.9999),
-        max: ns(cycles.max() as f64),
-        cdf,
-    }
-}
-
-/// A tenth of a nanosecond is more than any clock here has.
-fn round(ns: f64) -> f64 {
-    (ns * 10.0).round() / 10.0
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -527,24 +425,5 @@ mod tests {
         assert_eq!(shares(5, 2), (2, 3));
         assert_eq!(shares(1, 4), (1, 1));
         assert_eq!(shares(0, 1), (0, 1));
-    }
-
-    #[test]
-    fn a_distribution_is_in_nanoseconds_and_its_curve_ends_at_one() {
-        let mut cycles = Histogram::new_with_bounds(1, 1 << 42, 2).unwrap();
-        for value in 1..=10_000 {
-            cycles.record(value).unwrap();
-        }
-        let found = distribution("all", &cycles, 2e9);
-        assert_eq!(found.count, 10_000);
-        assert!((found.p50 - 2500.0).abs() < 30.0, "{found:?}");
-        assert!((found.p99 - 4950.0).abs() < 60.0, "{found:?}");
-        assert_eq!(found.cdf.last().unwrap()[1], 1.0);
-        assert!(found.cdf.is_sorted_by(|a, b| a[0] < b[0] && a[1] <= b[1]));
-        assert!(
-            distribution("none", &Histogram::new_from(&cycles), 2e9)
-                .cdf
-                .is_empty()
-        );
     }
 }

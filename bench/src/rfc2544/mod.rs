@@ -11,11 +11,12 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 
 use crate::interrupt;
-use crate::load::fleet::Frontends;
 use crate::load::frames::Frames;
+use crate::load::frontends::Frontends;
+use crate::load::outcome::Outcome;
 use crate::load::sender::{Lengths, Pace};
 use crate::load::target::{self, Session, Target};
-use crate::load::trial::{Outcome, Trial};
+use crate::load::trial::Trial;
 use crate::load::{placement_name, rate, seconds, times};
 use crate::results::{BackToBack, Latency, LossCurve, Measurement, Saved, Step, Work};
 use crate::summary::digits;

@@ -6,15 +6,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use hdrhistogram::Histogram;
 
-use super::{own_switch, room_for, settle, with_ports};
+use super::{gather, own_switch, room_for, settle, with_ports};
 use crate::interrupt;
-use crate::load::fleet::{Fleet, Frontends, Memory};
+use crate::load::fleet::Fleet;
 use crate::load::frames::Frames;
+use crate::load::frontends::{Frontends, Memory};
+use crate::load::outcome::distribution;
 use crate::load::sink::ANNOUNCEMENTS;
 use crate::load::stream::{Stream, Target as To};
 use crate::load::target::{self, Session, Target};
 use crate::load::times;
-use crate::load::trial::distribution;
 use crate::results::{Attach, Measurement, Saved};
 
 /// Measures how long a container takes from connecting to its first frame, for the first of many and for the last.
@@ -41,18 +42,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) fn run(options: &AttachArgs) -> Result<()> {
     target::for_each(&options.target, options.json.as_deref(), |target| {
         own_switch(target, "attach")?;
-        let (mut all, mut text): (Option<Saved>, _) = (None, String::new());
-        for &count in &options.counts {
-            interrupt::check()?;
-            let (saved, line) = one(options, target, usize::from(count))?;
-            text += &line;
-            match &mut all {
-                Some(all) => all.add(saved),
-                None => all = Some(saved),
-            }
-        }
-        all.map(|saved| (saved, text))
-            .context("no number of containers")
+        gather(&options.counts, |&count| {
+            one(options, target, usize::from(count))
+        })
     })
 }
 

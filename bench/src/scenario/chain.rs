@@ -2,12 +2,11 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
-use super::with_ports;
-use crate::interrupt;
-use crate::load::fleet::Frontends;
+use super::{gather, with_ports};
 use crate::load::frames::Frames;
+use crate::load::frontends::Frontends;
 use crate::load::sender::Pace;
 use crate::load::target::{self, Session, Target};
 use crate::load::trial::Trial;
@@ -43,17 +42,9 @@ pub(crate) struct ChainArgs {
 /// Runs the subcommand.
 pub(crate) fn run(options: &ChainArgs) -> Result<()> {
     target::for_each(&options.target, options.json.as_deref(), |target| {
-        let (mut all, mut text): (Option<Saved>, _) = (None, String::new());
-        for &length in &options.lengths {
-            interrupt::check()?;
-            let (saved, line) = one(options, target, usize::from(length))?;
-            text += &line;
-            match &mut all {
-                Some(all) => all.add(saved),
-                None => all = Some(saved),
-            }
-        }
-        all.map(|saved| (saved, text)).context("no length")
+        gather(&options.lengths, |&length| {
+            one(options, target, usize::from(length))
+        })
     })
 }
 

@@ -7,8 +7,8 @@ use anyhow::{Context, Result};
 
 use super::{own_switch, room_for, with_ports};
 use crate::interrupt;
-use crate::load::fleet::Frontends;
 use crate::load::frames::Frames;
+use crate::load::frontends::Frontends;
 use crate::load::seconds;
 use crate::load::target::{self, Session, Target};
 use crate::results::{Footprint, Measurement, Saved};

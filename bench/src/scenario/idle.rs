@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-use super::{own_switch, room_for, with_ports};
-use crate::interrupt;
-use crate::load::fleet::{Fleet, Frontends, Memory};
+use super::{gather, own_switch, room_for, with_ports};
+use crate::load::fleet::Fleet;
 use crate::load::frames::Frames;
+use crate::load::frontends::{Frontends, Memory};
 use crate::load::sender::Pace;
 use crate::load::target::{self, Session, Target};
 use crate::load::trial::Trial;
@@ -39,28 +39,11 @@ pub(crate) struct IdleArgs {
 pub(crate) fn run(options: &IdleArgs) -> Result<()> {
     target::for_each(&options.target, options.json.as_deref(), |target| {
         own_switch(target, "idle-ports")?;
-        let (mut all, mut text): (Option<Saved>, _) = (None, String::new());
-        for &count in &options.counts {
-            interrupt::check()?;
-            let done = one(options, target, usize::from(count));
-            match (done, &mut all) {
-                (Ok((saved, line)), all) => {
-                    text += &line;
-                    match all {
-                        Some(all) => all.add(saved),
-                        None => *all = Some(saved),
-                    }
-                }
-                // Some switches have room for 32 ports: what was measured before counts.
-                (Err(error), Some(all)) => {
-                    let line = format!("{count} silent ports: {error:#}");
-                    text += &format!("  {line}\n");
-                    all.caveats.push(line);
-                }
-                (Err(error), None) => return Err(error),
-            }
-        }
-        all.map(|saved| (saved, text)).context("no number of ports")
+        // Some switches have room for 32 ports: what was measured before counts.
+        gather(&options.counts, |&count| {
+            one(options, target, usize::from(count))
+                .with_context(|| format!("{count} silent ports"))
+        })
     })
 }
 

@@ -7,11 +7,13 @@ pub(crate) mod idle;
 pub(crate) mod neighbour;
 pub(crate) mod outage;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+use crate::interrupt;
 use crate::load::target::{Session, Target};
 use crate::process::pin;
+use crate::results::Saved;
 
 /// A port of ours takes a socket, a memory file and four event descriptors.
 const DESCRIPTORS_PER_PORT: u64 = 6;
@@ -38,6 +40,37 @@ pub(crate) fn with_ports(target: &Target, ports: usize) -> Target {
         ports: ports as u32,
         ..target.clone()
     }
+}
+
+/// Measures one thing after the other. If one fails, or somebody asks to stop, what was measured before counts, marked as partial.
+pub(crate) fn gather<T>(
+    things: impl IntoIterator<Item = T>,
+    mut one: impl FnMut(T) -> Result<(Saved, String)>,
+) -> Result<(Saved, String)> {
+    let (mut all, mut text): (Option<Saved>, _) = (None, String::new());
+    for thing in things {
+        let done = interrupt::check().and_then(|()| one(thing));
+        match (done, all.as_mut()) {
+            (Ok((saved, lines)), known) => {
+                text += &lines;
+                match known {
+                    Some(all) => all.add(saved),
+                    None => all = Some(saved),
+                }
+            }
+            (Err(error), Some(all)) => {
+                text += &format!("  PARTIAL: {error:#}\n");
+                all.complete = false;
+                all.caveats
+                    .push(format!("ended early or left out: {error:#}"));
+                if interrupt::check().is_err() {
+                    break;
+                }
+            }
+            (Err(error), None) => return Err(error),
+        }
+    }
+    all.map(|saved| (saved, text)).context("nothing to measure")
 }
 
 /// Goes to the generator's CPU: where the harness itself plays the containers, it must not wait for the switch's.

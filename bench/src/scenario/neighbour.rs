@@ -5,11 +5,13 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 
 use super::with_ports;
-use crate::load::fleet::{Fleet, Frontends, Wire};
+use crate::load::fleet::{Fleet, Wire};
 use crate::load::frames::Frames;
+use crate::load::frontends::Frontends;
+use crate::load::outcome::Outcome;
 use crate::load::sender::Pace;
 use crate::load::target::{self, Session, Target};
-use crate::load::trial::{Outcome, Trial};
+use crate::load::trial::Trial;
 use crate::load::{faults, placement_name, seconds, times};
 use crate::results::{Count, Distribution, Measurement, Neighbour, Saved};
 use crate::summary::digits;
@@ -125,7 +127,8 @@ fn one(options: &NeighbourArgs, target: &Target) -> Result<(Saved, String)> {
                 beside_latency: latency,
             }));
         if let Some(why) = beside.partial {
-            bail!("{why}");
+            text += &format!("  PARTIAL: {why}\n");
+            return Ok((session.close(false), text));
         }
     }
     Ok((session.close(true), text))

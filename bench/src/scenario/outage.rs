@@ -7,8 +7,9 @@ use anyhow::{Context, Result, ensure};
 
 use super::{own_switch, room_for, settle, with_ports};
 use crate::interrupt;
-use crate::load::fleet::{Fleet, Frontends};
+use crate::load::fleet::Fleet;
 use crate::load::frames::Frames;
+use crate::load::frontends::Frontends;
 use crate::load::sender::Pace;
 use crate::load::target::{self, Session, Target};
 use crate::load::trial::Trial;
@@ -55,7 +56,13 @@ fn one(options: &OutageArgs, target: &Target) -> Result<(Saved, String)> {
     settle(&session)?;
     let mut text = String::new();
     for time in 1..=options.times {
-        let gaps_ms = reset(options, &target, &mut session)?;
+        let gaps_ms = match reset(options, &target, &mut session) {
+            Err(error) if time > 1 => {
+                text += &format!("  PARTIAL: {error:#}\n");
+                return Ok((session.close(false), text));
+            }
+            other => other?,
+        };
         let shown: Vec<_> = gaps_ms
             .iter()
             .map(|gap| gap.map_or("never".to_owned(), |gap| format!("{gap:.1}")))

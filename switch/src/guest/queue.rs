@@ -301,6 +301,11 @@ impl Tx {
         usize::from(self.side.ring.size()) - self.side.ring.free()
     }
 
+    /// True once the switch has given back a buffer that it did not have.
+    pub fn lied(&self) -> bool {
+        self.side.ring.lied()
+    }
+
     /// Times the switch had to be kicked.
     pub fn kicks(&self) -> u64 {
         self.side.kicks
@@ -493,6 +498,11 @@ impl Rx {
             self.side.post(&posts[..some.len()]);
         }
         frames
+    }
+
+    /// True once the switch has given back a buffer that it did not have.
+    pub fn lied(&self) -> bool {
+        self.side.ring.lied()
     }
 
     /// Asks to be called when the next frame comes; true if one is there already.

@@ -1,7 +1,7 @@
 //! Both ring layouts, driver side: the engine of the guests that demo, benchmark and tests play.
 //!
 //! A ring lies in an [`OwnMem`] that the device maps too. The device is trusted not to lie: one that gives back what was
-//! never given ends in a panic, for it is a bug of the switch.
+//! never given ends in a panic, for it is a bug of the switch; a ring of kept buffers only notes it ([`DriverRing::lied`]).
 //!
 //! ```
 //! # use ringway::virtio::{driver::{DriverRing, DriverSetup}, own_mem::OwnMem, ring::{Way, feature}};
@@ -253,6 +253,12 @@ impl DriverRing {
     #[inline]
     pub fn reclaim_kept(&mut self) {
         side!(&mut self.side, side => side.reclaim_kept());
+    }
+
+    /// True once the device has given back a kept buffer that it did not have: nothing it says can be believed any more.
+    #[inline]
+    pub fn lied(&self) -> bool {
+        side!(&self.side, side => side.lied())
     }
 
     /// True if the device wants to be kicked about what was posted since the last time this was asked.

@@ -32,6 +32,8 @@ pub(super) struct PackedDriver {
     /// Descriptors posted since `kick_wanted` was last asked; at most a lap.
     since: u16,
     free: u16,
+    /// The device gave back a kept buffer that it did not have.
+    lied: bool,
     /// Buffers in flight.
     flying: u16,
     /// Not IN_ORDER: all ids; those beyond the first `flying` are free.
@@ -69,6 +71,7 @@ impl PackedDriver {
             batch: None,
             since: 0,
             free: size,
+            lied: false,
             flying: 0,
             ids: (0..size).collect(),
             held: vec![Held::default(); usize::from(size)],
@@ -216,13 +219,19 @@ impl PackedDriver {
             let Some((id, len)) = self.next_used(place) else {
                 break;
             };
-            assert!(id < size, "device used buffer {id} of {size}");
+            if id >= size {
+                self.lied = true;
+                break;
+            }
             place = place.ahead(1, size);
             *out = (id, len);
             count += 1;
         }
-        self.given_back(place, count);
-        usize::from(count)
+        if self.given_back(place, count) {
+            usize::from(count)
+        } else {
+            0
+        }
     }
 
     /// See [`super::DriverRing::reclaim_kept`].
@@ -231,23 +240,39 @@ impl PackedDriver {
         let size = self.table.size;
         // One used descriptor stands for all buffers up to the one it names (§2.8.9).
         while let Some((last, _)) = self.used(self.taken) {
-            assert!(last < size, "device used buffer {last} of {size}");
+            if last >= size {
+                self.lied = true;
+                return;
+            }
             let index = self.taken.index;
             let more = if last >= index {
                 last - index
             } else {
                 last + (size - index)
             };
-            self.given_back(self.taken.ahead(more + 1, size), more + 1);
+            if !self.given_back(self.taken.ahead(more + 1, size), more + 1) {
+                return;
+            }
         }
     }
 
+    /// See [`super::DriverRing::lied`].
     #[inline]
-    fn given_back(&mut self, taken: Place, count: u16) {
+    pub(super) fn lied(&self) -> bool {
+        self.lied
+    }
+
+    /// False if the device did not have so many.
+    #[inline]
+    fn given_back(&mut self, taken: Place, count: u16) -> bool {
+        if count > self.table.size - self.free {
+            self.lied = true;
+            return false;
+        }
         self.taken = taken;
-        self.free = self.free.wrapping_add(count);
-        self.flying = self.flying.wrapping_sub(count);
-        assert!(self.free <= self.table.size, "device used too many buffers");
+        self.free += count;
+        self.flying -= count;
+        true
     }
 
     pub(super) fn post_chain(&mut self, pieces: &[(u64, u32)]) -> bool {

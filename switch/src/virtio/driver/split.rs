@@ -46,6 +46,8 @@ pub(super) struct SplitDriver {
     links: Vec<u16>,
     /// Chains in flight.
     chains: u32,
+    /// The device gave back a kept buffer that it did not have.
+    lied: bool,
 }
 
 // SAFETY: the pointers go into memory that `mem` keeps mapped; the ring is used by one thread at a time (`&mut self`).
@@ -78,6 +80,7 @@ impl SplitDriver {
             heads: vec![0; usize::from(size)],
             links: vec![0; usize::from(size)],
             chains: 0,
+            lied: false,
             mem: setup.mem,
         };
         ring.disarm();
@@ -254,12 +257,18 @@ impl SplitDriver {
                 (slot as u16, 0) // in order, and in a ring of kept buffers: entry and descriptor have one number
             } else {
                 let (id, len) = self.element(slot);
-                assert!(id < u32::from(size), "device used buffer {id} of {size}");
+                if id >= u32::from(size) {
+                    self.lied = true;
+                    return 0;
+                }
                 (id as u16, len)
             };
         }
-        self.given_back(count as u16);
-        count
+        if self.given_back(count as u16) {
+            count
+        } else {
+            0
+        }
     }
 
     /// See [`super::DriverRing::reclaim_kept`].
@@ -268,11 +277,22 @@ impl SplitDriver {
         self.given_back(self.waiting());
     }
 
+    /// See [`super::DriverRing::lied`].
     #[inline]
-    fn given_back(&mut self, count: u16) {
+    pub(super) fn lied(&self) -> bool {
+        self.lied
+    }
+
+    /// False if the device did not have so many.
+    #[inline]
+    fn given_back(&mut self, count: u16) -> bool {
+        if count > self.table.size - self.free {
+            self.lied = true;
+            return false;
+        }
         self.taken = self.taken.wrapping_add(count);
-        self.free = self.free.wrapping_add(count);
-        assert!(self.free <= self.table.size, "device used too many buffers");
+        self.free += count;
+        true
     }
 
     pub(super) fn post_chain(&mut self, pieces: &[(u64, u32)]) -> bool {

@@ -337,6 +337,41 @@ fn a_split_ring_that_says_base_zero_goes_on_at_the_used_index() {
 }
 
 #[test]
+fn a_device_that_gives_back_what_it_does_not_have_is_noticed_where_buffers_are_kept() {
+    for features in [0, feature::RING_PACKED] {
+        let mem = OwnMem::new(1 << 16, 1 << 30, false).unwrap();
+        let setup = DriverSetup {
+            mem: mem.clone(),
+            at: mem.gpa(),
+            size: 8,
+            features: feature::VERSION_1 | features,
+            way: Way::ToGuest,
+        };
+        let mut ring = DriverRing::new(setup).unwrap();
+        let buffer = |id: u16| (mem.gpa() + 8192 + 64 * u64::from(id), 64);
+        (0..4).for_each(|id| ring.keep(id, buffer(id)));
+        ring.post_kept(4, |id| (id as u16, buffer(id as u16).0, 64));
+        assert_eq!((ring.free(), ring.lied()), (4, false));
+        let mut taken = [(0, 0); 8];
+        assert_eq!(ring.take_kept(&mut taken), 0);
+        if features == 0 {
+            ring.raw().set_used(0, (2, 64));
+            ring.raw().set_used_idx(1);
+            assert_eq!((ring.take_kept(&mut taken), taken[0]), (1, (2, 64)));
+            assert!(!ring.lied());
+            ring.raw().set_used(1, (8, 64)); // there are 0 to 7
+            ring.raw().set_used_idx(2);
+        } else {
+            // Used in the first lap: both flags set; the id is beyond the ring.
+            let word = 64u64 | 8 << 32 | 0x8080 << 48;
+            mem.write(mem.gpa() + 8, &word.to_le_bytes());
+        }
+        assert_eq!(ring.take_kept(&mut taken), 0);
+        assert!(ring.lied());
+    }
+}
+
+#[test]
 fn a_ring_is_refused_if_size_place_or_base_are_not_allowed() {
     let new = |features, change: fn(&mut RingSetup)| {
         let pair = Pair::new(8, features, Way::FromGuest);
