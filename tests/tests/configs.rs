@@ -1,9 +1,13 @@
 //! Every file in `configs/` loads, and every bad input is refused as a whole, with one sentence that names the place and the remedy.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use ringway::control::config::Config;
 use ringway::control::cpu::HostCpus;
+use testkit::require;
+use testkit::skip::tool;
 
 fn configs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs")
@@ -99,15 +103,137 @@ fn the_smallest_file_is_loaded_on_every_host() {
 }
 
 #[test]
-fn the_unit_starts_and_reloads_with_commands_that_exist() {
-    let unit = std::fs::read_to_string(configs().join("ringway.service")).expect("readable");
-    for line in [
-        "ExecStart=/usr/bin/ringway run --config",
-        "ExecReload=/usr/bin/ringway reload",
-        "Type=notify",
+fn the_units_start_and_reload_with_commands_that_exist() {
+    for (unit, config) in [
+        ("ringway.service", "/etc/ringway"),
+        ("ringway-user.service", "%h/.config/ringway"),
     ] {
-        assert!(unit.lines().any(|found| found.starts_with(line)), "{line}");
+        let unit = std::fs::read_to_string(configs().join(unit)).expect("readable");
+        for line in [
+            &format!("ExecStart=/usr/bin/ringway run --config {config}/ringway.toml"),
+            "ExecReload=/usr/bin/ringway reload",
+            "Type=notify",
+            "NoNewPrivileges=yes",
+        ] {
+            assert!(unit.lines().any(|found| found == line), "{line}");
+        }
     }
+}
+
+/// Runs systemd-analyze; what it said, if it was content.
+fn analyze(arguments: &[&str]) -> String {
+    let home = tempfile::tempdir().expect("a directory");
+    let output = Command::new("systemd-analyze")
+        .args(arguments)
+        .env("XDG_RUNTIME_DIR", home.path())
+        .output()
+        .expect("ran");
+    let (said, refused) = (output.stdout, output.stderr);
+    let text = String::from_utf8_lossy(&said).into_owned();
+    let refused = String::from_utf8_lossy(&refused).into_owned();
+    assert!(output.status.success(), "{arguments:?}: {text}{refused}");
+    text + &refused
+}
+
+#[test]
+fn systemd_finds_nothing_wrong_with_the_units_and_little_exposed() {
+    require!(tool("systemd-analyze", "systemd"));
+    let dir = tempfile::tempdir().expect("a directory");
+    for (unit, manager) in [
+        ("ringway.service", "--system"),
+        ("ringway-user.service", "--user"),
+    ] {
+        // The program need not be installed here, nor the manual.
+        let text = std::fs::read_to_string(configs().join(unit)).expect("readable");
+        let path = dir.path().join(unit);
+        std::fs::write(&path, text.replace("/usr/bin/ringway", "/bin/true")).expect("written");
+        let said = analyze(&["verify", "--man=no", manager, &path.display().to_string()]);
+        assert!(!said.contains(unit), "{said}");
+    }
+    let path = configs().join("ringway.service").display().to_string();
+    let said = analyze(&["security", "--no-pager", "--offline=true", &path]);
+    let (_, level) = said
+        .rsplit_once("exposure level for ringway.service: ")
+        .expect("a verdict");
+    let level: f32 = level
+        .split_whitespace()
+        .next()
+        .and_then(|word| word.parse().ok())
+        .expect("a number");
+    assert!(level <= 1.5, "{said}");
+}
+
+/// The calls of a list in the switch's own filters.
+fn calls(list: &str) -> BTreeSet<String> {
+    let lists = configs().join("../switch/src/control/sandbox/x86_64.json");
+    let lists = std::fs::read_to_string(lists).expect("readable");
+    let lists: serde_json::Value = serde_json::from_str(&lists).expect("JSON");
+    let filter = lists[list]["filter"].as_array().expect("a list");
+    filter
+        .iter()
+        .map(|rule| rule["syscall"].as_str().expect("a name").to_owned())
+        .collect()
+}
+
+/// The calls that a word of `SystemCallFilter=` stands for.
+fn expand(word: &str) -> BTreeSet<String> {
+    if !word.starts_with('@') {
+        return BTreeSet::from([word.to_owned()]);
+    }
+    let said = analyze(&["syscall-filter", "--no-pager", word]);
+    let lines = said
+        .lines()
+        .skip(1)
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.starts_with('#'));
+    lines.flat_map(expand).collect()
+}
+
+#[test]
+fn the_units_allow_every_call_that_the_switch_makes() {
+    require!(tool("systemd-analyze", "systemd"));
+    for unit in ["ringway.service", "ringway-user.service"] {
+        let text = std::fs::read_to_string(configs().join(unit)).expect("readable");
+        let mut allowed = BTreeSet::new();
+        for words in text
+            .lines()
+            .filter_map(|line| line.strip_prefix("SystemCallFilter="))
+        {
+            let (refuse, words) = words
+                .strip_prefix('~')
+                .map_or((false, words), |words| (true, words));
+            for call in words.split_whitespace().flat_map(expand) {
+                if refuse {
+                    allowed.remove(&call);
+                } else {
+                    allowed.insert(call);
+                }
+            }
+        }
+        let wanted = &calls("control") | &calls("worker");
+        let lacking: Vec<_> = wanted.difference(&allowed).collect();
+        assert!(lacking.is_empty(), "{unit} lacks {lacking:?}");
+    }
+}
+
+#[test]
+fn the_docker_profile_allows_every_call_that_the_switch_makes_and_none_of_an_intruders() {
+    let text = std::fs::read_to_string(configs().join("docker-seccomp.json")).expect("readable");
+    let profile: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(profile["defaultAction"], "SCMP_ACT_ERRNO");
+    let names = profile["syscalls"][0]["names"].as_array().expect("a list");
+    let allowed: BTreeSet<String> = names
+        .iter()
+        .map(|name| name.as_str().expect("a name").to_owned())
+        .collect();
+    let wanted = &calls("control") | &calls("worker");
+    let lacking: Vec<_> = wanted.difference(&allowed).collect();
+    assert!(lacking.is_empty(), "{lacking:?}");
+    // A container begins with an execve; the switch gives that up by itself.
+    let mut intruders = calls("intruder");
+    intruders.remove("execve");
+    let beyond: Vec<_> = intruders.intersection(&allowed).collect();
+    assert!(beyond.is_empty(), "{beyond:?}");
 }
 
 #[test]

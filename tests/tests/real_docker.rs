@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use ringway::control::doctor::{Check, Verdict};
 use ringway::control::state::StatsReport;
 use testkit::docker::{self, Docker};
 use testkit::process::{Launch, wait_until};
@@ -66,7 +67,7 @@ fn the_switch_itself_runs_in_a_container_without_rights() -> Result<()> {
     let folder = tempfile::tempdir()?;
     testkit::open_to_all(folder.path())?;
     let path = |name: &str| folder.path().join(name).display().to_string();
-    let mut line = docker.run_line("switch", folder.path(), docker::RINGWAY);
+    let mut line = docker.run_line_profiled("switch", folder.path(), docker::RINGWAY);
     line.extend(["run".to_owned(), "--api".to_owned(), path("api.sock")]);
     for port in ["blue", "red"] {
         line.extend([
@@ -103,6 +104,32 @@ fn the_switch_itself_runs_in_a_container_without_rights() -> Result<()> {
         books.balanced() && books.received == sent,
         "the containers sent {sent} frames: {books:?}"
     );
+    let security = docker.command(&[
+        "exec",
+        "switch",
+        "/usr/bin/ringway",
+        "--api",
+        &path("api.sock"),
+        "doctor",
+        "--security",
+        "--json",
+    ])?;
+    let checks: Vec<Check> = serde_json::from_str(&security)?;
+    let verdict = |name: &str| {
+        checks
+            .iter()
+            .find(|check| check.name == name)
+            .map(|check| check.verdict)
+    };
+    for name in [
+        "switch: user",
+        "switch: new privileges",
+        "switch: seccomp",
+        "switch: userfaultfd",
+        "switch: calls",
+    ] {
+        ensure!(verdict(name) == Some(Verdict::Ok), "{name}: {checks:?}");
+    }
     docker.command(&["stop", "switch"])?;
     let status = container.wait_exit(PATIENCE)?;
     ensure!(

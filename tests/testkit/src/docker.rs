@@ -118,6 +118,25 @@ impl Docker {
         line
     }
 
+    /// The same under the profile of system calls that `configs/` has for the switch, with a root that cannot be written to.
+    pub fn run_line_profiled(&self, name: &str, shared: &Path, image: &str) -> Vec<String> {
+        let mut line = self.run_line(name, shared, image);
+        let run = line
+            .iter()
+            .position(|word| word == "run")
+            .map_or(line.len(), |at| at + 1);
+        let profile = format!("seccomp={}", recipe("docker-seccomp.json").display());
+        let options = [
+            "--read-only",
+            "--security-opt",
+            "no-new-privileges",
+            "--security-opt",
+            &profile,
+        ];
+        line.splice(run..run, options.map(str::to_owned));
+        line
+    }
+
     /// Runs a `docker` command against this daemon and returns what it printed.
     pub fn command(&self, arguments: &[&str]) -> Result<String> {
         // The classic builder: buildx is a package of its own.
