@@ -58,6 +58,37 @@ fn two_containers_without_rights_exchange_frames() -> Result<()> {
     switch.stop().map(drop)
 }
 
+/// The profile of `configs/` refuses the switch nothing that it can use.
+fn is_guarded(docker: &Docker, api: &str) -> Result<()> {
+    let security = docker.command(&[
+        "exec",
+        "switch",
+        "/usr/bin/ringway",
+        "--api",
+        api,
+        "doctor",
+        "--security",
+        "--json",
+    ])?;
+    let checks: Vec<Check> = serde_json::from_str(&security)?;
+    let verdict = |name: &str| {
+        checks
+            .iter()
+            .find(|check| check.name == name)
+            .map(|check| check.verdict)
+    };
+    for name in [
+        "switch: user",
+        "switch: new privileges",
+        "switch: seccomp",
+        "switch: userfaultfd",
+        "switch: calls",
+    ] {
+        ensure!(verdict(name) == Some(Verdict::Ok), "{name}: {checks:?}");
+    }
+    Ok(())
+}
+
 #[test]
 #[ignore = "real peer: run by tests/run"]
 fn the_switch_itself_runs_in_a_container_without_rights() -> Result<()> {
@@ -104,32 +135,7 @@ fn the_switch_itself_runs_in_a_container_without_rights() -> Result<()> {
         books.balanced() && books.received == sent,
         "the containers sent {sent} frames: {books:?}"
     );
-    let security = docker.command(&[
-        "exec",
-        "switch",
-        "/usr/bin/ringway",
-        "--api",
-        &path("api.sock"),
-        "doctor",
-        "--security",
-        "--json",
-    ])?;
-    let checks: Vec<Check> = serde_json::from_str(&security)?;
-    let verdict = |name: &str| {
-        checks
-            .iter()
-            .find(|check| check.name == name)
-            .map(|check| check.verdict)
-    };
-    for name in [
-        "switch: user",
-        "switch: new privileges",
-        "switch: seccomp",
-        "switch: userfaultfd",
-        "switch: calls",
-    ] {
-        ensure!(verdict(name) == Some(Verdict::Ok), "{name}: {checks:?}");
-    }
+    is_guarded(&docker, &path("api.sock"))?;
     docker.command(&["stop", "switch"])?;
     let status = container.wait_exit(PATIENCE)?;
     ensure!(

@@ -122,7 +122,7 @@ pub(super) fn seccomp(host: &Host<'_>) -> Check {
             "seccomp",
             "a filter is on",
             gain,
-            "docker run --security-opt seccomp=FILE, where FILE is Docker's profile with userfaultfd among the allowed calls",
+            "docker run --security-opt seccomp=configs/docker-seccomp.json",
         );
     }
     Check::ok("seccomp", "no filter")

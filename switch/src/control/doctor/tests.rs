@@ -19,6 +19,8 @@ const GOOD: &[(&str, &str)] = &[
     ("proc/self/status", "Cpus_allowed_list:\t0-1\nSeccomp:\t0\n"),
     ("proc/self/cgroup", "0::/ringway\n"),
     ("proc/sys/vm/unprivileged_userfaultfd", "0\n"),
+    ("proc/sys/fs/aio-nr", "64\n"),
+    ("proc/sys/fs/aio-max-nr", "65536\n"),
     ("sys/fs/cgroup/ringway/cpuset.cpus.effective", "0-3\n"),
     ("sys/fs/cgroup/ringway/cpu.max", "max 100000\n"),
     ("sys/fs/cgroup/ringway/hugetlb.2MB.max", "max\n"),
@@ -181,6 +183,13 @@ const BROKEN: &[Case] = &[
         "CONFIG_USERFAULTFD",
     ),
     ("seccomp", "proc/self/status", Some(SECCOMP_ON), "seccomp"),
+    (
+        "kernel AIO",
+        "proc/sys/fs/aio-nr",
+        Some("65500"),
+        "sysctl -w fs.aio-max-nr=262144",
+    ),
+    ("kernel AIO", "proc/sys/fs/aio-max-nr", None, "CONFIG_AIO"),
     ("TSC", "proc/cpuinfo", Some("flags : avx2"), "invtsc"),
     (
         "vector unit",
