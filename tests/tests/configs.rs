@@ -370,7 +370,7 @@ fn refuses_wrong_ports_by_name() {
     }
     assert_eq!(
         why("[[port]]\nname = \"a\"\ntype = \"ixgbevf\"\n"),
-        "r.toml:3: port \"a\": type \"ixgbevf\" is not a type of port: this build has \"vhost-user\""
+        "r.toml:1: port \"a\": device is missing: a port needs the PCI address of a VF like device = \"0000:81:10.0\""
     );
     assert!(why("[[port]]\ntype = \"vhost-user\"\n").starts_with("r.toml:1: name is missing"));
     let long = format!(

@@ -291,6 +291,31 @@ impl TxQueue {
         }
     }
 
+    /// Takes back all frames pushed since the last [`TxQueue::publish`]: the device never sees them.
+    #[cold]
+    pub fn take_back(&mut self) {
+        let len = self.marks.len() as u32;
+        let beyond = |position: u32| {
+            let back = self.tail.wrapping_sub(position);
+            back < self.tail.wrapping_sub(self.published)
+        };
+        while self.first_mark != self.end_mark {
+            let newest = self.end_mark.wrapping_sub(1);
+            if !beyond(self.marks[(newest % len) as usize]) {
+                break;
+            }
+            self.end_mark = newest;
+        }
+        self.tail = self.published;
+        let last = match self.first_mark == self.end_mark {
+            true => self.head,
+            false => self.marks[(self.end_mark.wrapping_sub(1) % len) as usize],
+        };
+        self.silent = self.tail.wrapping_sub(last);
+        // The device may not have seen the last context.
+        self.context = TxOffload::default();
+    }
+
     /// Number of this queue in its device.
     pub fn index(&self) -> u32 {
         self.queue

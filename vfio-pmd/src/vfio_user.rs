@@ -6,7 +6,7 @@
 //! Threads: exchanges take turns on a mutex. A tail write of a worker therefore waits for an exchange of the control side; it is a
 //! path for tests, a real device's registers are mapped.
 
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -216,7 +216,15 @@ impl Link {
             )
             .map_err(io::Error::from)?;
         }
-        self.stream.write_all(&message[sent..])?;
+        // A plain write: a worker that is confined to few system calls has this one.
+        while sent < message.len() {
+            match rustix::io::write(&self.stream, &message[sent..]) {
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
+                Ok(count) => sent += count,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(io::Error::from(errno).into()),
+            }
+        }
         Ok(id)
     }
 
@@ -369,6 +377,7 @@ fn u64_at(bytes: &[u8], at: usize) -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
 
     /// A server that answers with whatever bytes it was given, one piece per message.
     fn server(answers: Vec<Vec<u8>>) -> (UnixStream, std::thread::JoinHandle<()>) {

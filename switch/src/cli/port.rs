@@ -71,7 +71,7 @@ pub(super) fn run(command: &PortCommand, client: &Client, output: Output) -> any
                     "added port {:?}: {} at {}\n",
                     port.spec.name,
                     port.state,
-                    port.spec.socket.display()
+                    port.spec.place()
                 )
             })
         }
@@ -152,7 +152,7 @@ fn socket(spec: &PortSpec) -> String {
         SocketMode::Server => "",
         SocketMode::Client => " (guest listens)",
     };
-    format!("{}{who}", spec.socket.display())
+    format!("{}{who}", spec.place())
 }
 
 fn show(port: &PortStatus) -> String {

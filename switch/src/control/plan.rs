@@ -40,7 +40,7 @@ impl fmt::Display for Action {
                 write!(f, "replace port {:?}: its guest connects again", spec.name)
             }
             Action::AddPort(spec) => {
-                write!(f, "add port {:?} at {}", spec.name, spec.socket.display())
+                write!(f, "add port {:?} at {}", spec.name, spec.place())
             }
             Action::SetFdbAge(0) => f.write_str("never forget stations"),
             Action::SetFdbAge(seconds) => write!(f, "forget stations after {seconds} s"),
@@ -85,7 +85,7 @@ pub fn plan(old: &Config, new: &Config) -> Result<Vec<Action>, ConfigError> {
                 if old
                     .ports
                     .iter()
-                    .any(|other| other.name != port.name && other.socket == port.socket) =>
+                    .any(|other| other.name != port.name && other.place() == port.place()) =>
             {
                 actions.push(Action::DelPort(port.name.clone()));
                 added.push(Action::AddPort(port.clone()));

@@ -1,6 +1,8 @@
 //! What a port's session and the switch ask of each other.
 
 use super::state::{Direction, MemoryRegion, Peer, PortState, RingKind};
+use crate::dataplane::eth::Mac;
+use crate::port::ixgbevf::{FromWire, ToWire};
 use crate::port::vhost::{FromGuest, ToGuest};
 
 /// Everything a port's session may ask of the switch. The engine implements it.
@@ -18,6 +20,11 @@ pub trait PortHandle: Send + Sync {
     fn claim(&self, peer: Option<PeerId>, files: &[FileId]) -> Result<(), String> {
         let _ = (peer, files);
         Ok(())
+    }
+
+    /// The stations behind the other ports of this port's bridge: whose frames an uplink has to be given.
+    fn stations(&self) -> Vec<Mac> {
+        Vec::new()
     }
 
     /// Says how the port is, for `ringway port show`. A report of a state other than `Connected` and `Forwarding` after one
@@ -44,6 +51,10 @@ pub struct Rings {
     pub from_guest: Vec<(u16, FromGuest)>,
     /// Guest's receive rings.
     pub to_guest: Vec<(u16, ToGuest)>,
+    /// An uplink's receive queues.
+    pub from_wire: Vec<(u16, FromWire)>,
+    /// An uplink's transmit queues.
+    pub to_wire: Vec<(u16, ToWire)>,
 }
 
 /// How a port is.

@@ -1,5 +1,6 @@
 //! Carries rings between the ports' sessions and the workers.
 
+use std::any::Any;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
@@ -8,12 +9,15 @@ use anyhow::{Context, Result, bail};
 use super::port_handle::{FileId, PeerId, PortHandle, Rings, SessionReport};
 use super::state::PortState;
 use super::switch::{Port, State, Switch, lock};
+use crate::dataplane::eth::Mac;
 use crate::dataplane::fdb::Flush;
 use crate::dataplane::mailbox::QueueId;
 use crate::dataplane::port_set::{PortId, Topology};
+use crate::dataplane::queue::{RxQueue, TxQueue};
 use crate::dataplane::worker::{RxSlot, Source};
+use crate::port::ixgbevf::{FromWire, ToWire};
 use crate::port::shared;
-use crate::port::vhost::FromGuest;
+use crate::port::vhost::{FromGuest, ToGuest};
 
 impl Switch {
     /// Shows the workers which ports can be sent to now. When it returns, nobody uses the old picture.
@@ -37,29 +41,28 @@ impl Switch {
         };
         let mut slots = Vec::new();
         for (pair, queue) in rings.from_guest {
-            let Some(entry) = port.pairs.get_mut(usize::from(pair)) else {
-                continue;
-            };
-            entry.polled = true;
-            port.poison = Some(queue.poison().clone());
-            let source = Source {
-                id: QueueId { port: id, pair },
-                domain: port.domain,
-                generation: port.generation,
-                counters: entry.rx.clone(),
-            };
-            let slot = RxSlot {
-                source,
-                queue: Box::new(queue),
-            };
-            slots.push((entry.worker, Box::new(slot)));
+            let poison = queue.poison().clone();
+            if let Some(slot) = port.slot(pair, Box::new(queue)) {
+                port.poison = Some(poison);
+                slots.push(slot);
+            }
+        }
+        for (pair, queue) in rings.from_wire {
+            slots.extend(port.slot(pair, Box::new(queue)));
         }
         for (pair, queue) in rings.to_guest {
             let Some(entry) = port.pairs.get_mut(usize::from(pair)) else {
                 continue;
             };
             port.poison = Some(queue.poison().clone());
-            entry.exit = Some(Arc::new(shared::Shared::new(queue, entry.tx.clone())));
+            let shared = shared::Shared::new(queue, entry.tx.clone());
+            entry.exit = Some(WayOut::Guest(Arc::new(shared)));
+        }
+        for (pair, queue) in rings.to_wire {
+            if let Some(entry) = port.pairs.get_mut(usize::from(pair)) {
+                let shared = shared::Shared::new(queue, entry.tx.clone());
+                entry.exit = Some(WayOut::Wire(Arc::new(shared)));
+            }
         }
         self.show(&mut state)?;
         for (worker, slot) in slots {
@@ -70,10 +73,7 @@ impl Switch {
 
     /// Takes a port's rings back: first nobody sends to it any more, then nobody polls it.
     pub(super) fn detach(&self, id: PortId) -> Rings {
-        let mut rings = Rings {
-            from_guest: Vec::new(),
-            to_guest: Vec::new(),
-        };
+        let mut rings = Rings::default();
         let mut state = lock(&self.state);
         let Some(port) = state.port(id) else {
             return rings;
@@ -88,13 +88,7 @@ impl Switch {
                     pair: number as u16,
                 };
                 if let Ok(Some(slot)) = self.workers[pair.worker].mailbox.detach(queue) {
-                    let queue: Box<dyn std::any::Any> = slot.queue;
-                    rings.from_guest.extend(
-                        queue
-                            .downcast::<FromGuest>()
-                            .ok()
-                            .map(|queue| (number as u16, *queue)),
-                    );
+                    rings.take(number as u16, slot.queue);
                 }
             }
         }
@@ -103,9 +97,14 @@ impl Switch {
         }
         for (number, exit) in exits {
             // The workers have handed back every picture in which this exit stood.
-            rings
-                .to_guest
-                .extend(Arc::into_inner(exit).map(|exit| (number, exit.into_inner())));
+            match exit {
+                WayOut::Guest(exit) => rings
+                    .to_guest
+                    .extend(Arc::into_inner(exit).map(|exit| (number, exit.into_inner()))),
+                WayOut::Wire(exit) => rings
+                    .to_wire
+                    .extend(Arc::into_inner(exit).map(|exit| (number, exit.into_inner()))),
+            }
         }
         rings
     }
@@ -152,6 +151,59 @@ impl Switch {
             }
         }
         port.report = report;
+    }
+}
+
+/// A port's transmit queue, of either kind.
+#[derive(Clone)]
+pub(super) enum WayOut {
+    /// A guest's receive ring.
+    Guest(Arc<shared::Shared<ToGuest>>),
+    /// A NIC's transmit queue.
+    Wire(Arc<shared::Shared<ToWire>>),
+}
+
+impl WayOut {
+    /// The queue as workers see it.
+    pub(super) fn queue(self) -> Arc<dyn TxQueue> {
+        match self {
+            WayOut::Guest(queue) => queue,
+            WayOut::Wire(queue) => queue,
+        }
+    }
+}
+
+impl Rings {
+    /// A receive queue that came back from a worker.
+    fn take(&mut self, pair: u16, queue: Box<dyn RxQueue>) {
+        let queue: Box<dyn Any> = queue;
+        match queue.downcast::<FromGuest>() {
+            Ok(queue) => self.from_guest.push((pair, *queue)),
+            Err(queue) => self.from_wire.extend(
+                queue
+                    .downcast::<FromWire>()
+                    .ok()
+                    .map(|queue| (pair, *queue)),
+            ),
+        }
+    }
+}
+
+impl Port {
+    /// A receive queue, with the number of the worker that shall poll it; none if the port has no such pair.
+    fn slot(&mut self, pair: u16, queue: Box<dyn RxQueue>) -> Option<(usize, Box<RxSlot>)> {
+        let entry = self.pairs.get_mut(usize::from(pair))?;
+        entry.polled = true;
+        let source = Source {
+            id: QueueId {
+                port: self.id,
+                pair,
+            },
+            domain: self.domain,
+            generation: self.generation,
+            counters: entry.rx.clone(),
+        };
+        Some((entry.worker, Box::new(RxSlot { source, queue })))
     }
 }
 
@@ -204,10 +256,7 @@ impl PortHandle for Handle {
     fn detach(&self) -> Rings {
         match self.switch() {
             Some(switch) => switch.detach(self.id),
-            None => Rings {
-                from_guest: Vec::new(),
-                to_guest: Vec::new(),
-            },
+            None => Rings::default(),
         }
     }
 
@@ -216,6 +265,20 @@ impl PortHandle for Handle {
             Some(switch) => switch.claim(self.id, peer, files),
             None => Ok(()),
         }
+    }
+
+    fn stations(&self) -> Vec<Mac> {
+        let Some(switch) = self.switch() else {
+            return Vec::new();
+        };
+        let domain = lock(&switch.state).port(self.id).map(|port| port.domain);
+        let mut stations = Vec::new();
+        switch.fdb().for_each(switch.seconds(), |key, station, _| {
+            if Some(key.domain()) == domain && station.port != self.id {
+                stations.push(key.mac());
+            }
+        });
+        stations
     }
 
     fn report(&self, report: SessionReport) {

@@ -17,10 +17,12 @@ const MTU_MIN: u32 = 68;
 /// Longest name of a port or bridge: it has to fit into tables, labels and file names.
 const NAME_MAX: usize = 32;
 
-const KEYS: [&str; 12] = [
+const KEYS: [&str; 14] = [
     "name",
     "type",
     "socket",
+    "device",
+    "vfio-user",
     "mode",
     "queues",
     "bridge",
@@ -31,7 +33,10 @@ const KEYS: [&str; 12] = [
     "peer-uid",
     "workers",
 ];
-const TYPES: [(&str, PortKind); 1] = [("vhost-user", PortKind::VhostUser)];
+const TYPES: [(&str, PortKind); 2] = [
+    ("vhost-user", PortKind::VhostUser),
+    ("ixgbevf", PortKind::Ixgbevf),
+];
 
 /// Reads `vhost-user:blue,socket=/run/r/blue.sock,queues=2`. `at` names the place for refusals, like `--port 1`.
 pub fn parse_port(text: &str, at: &str) -> Result<PortSpec, ConfigError> {
@@ -111,10 +116,22 @@ pub(crate) fn port_from_entries(entries: &[Entry], at: &str) -> Result<PortSpec,
             .ok_or_else(|| ConfigError(format!("{at}: {key} is missing: a port needs {example}")))
     };
     let kind = read_type(&need("type", "type = \"vhost-user\"")?)?;
-    need(
-        "socket",
-        "a path like socket = \"/run/ringway/ports/blue/vhost.sock\"",
-    )?;
+    match kind {
+        PortKind::VhostUser => {
+            need(
+                "socket",
+                "a path like socket = \"/run/ringway/ports/blue/vhost.sock\"",
+            )?;
+        }
+        PortKind::Ixgbevf => {
+            if find("vfio-user").is_none() {
+                need(
+                    "device",
+                    "the PCI address of a VF like device = \"0000:81:10.0\"",
+                )?;
+            }
+        }
+    }
     let mut spec = PortSpec {
         kind,
         ..PortSpec::vhost_user(name.clone(), "")
@@ -127,7 +144,62 @@ pub(crate) fn port_from_entries(entries: &[Entry], at: &str) -> Result<PortSpec,
             return Err(named(entry).refuse("is for mode = \"server\" only: with \"client\" the guest makes the socket and sets it"));
         }
     }
+    check_kind(&spec, find).map_err(|(entry, why)| named(entry).refuse(why))?;
     Ok(spec)
+}
+
+/// Refuses keys that say nothing to this type of port.
+fn check_kind<'a>(
+    spec: &PortSpec,
+    find: impl Fn(&str) -> Option<&'a Entry>,
+) -> Result<(), (&'a Entry, &'static str)> {
+    let refuse = |keys: &[&str], why| match keys.iter().find_map(|key| find(key)) {
+        Some(entry) => Err((entry, why)),
+        None => Ok(()),
+    };
+    if spec.kind == PortKind::VhostUser {
+        return refuse(&["device", "vfio-user"], "is for type = \"ixgbevf\" only");
+    }
+    refuse(
+        &["socket", "socket-mode", "socket-owner", "peer-uid"],
+        "is for type = \"vhost-user\" only",
+    )?;
+    if spec.mode != SocketMode::default() {
+        refuse(&["mode"], "is for type = \"vhost-user\" only")?;
+    }
+    if spec.hugepages != Hugepages::default() {
+        refuse(&["hugepages"], "is for type = \"vhost-user\" only")?;
+    }
+    if spec.device.is_some() {
+        refuse(
+            &["vfio-user"],
+            "stands beside device: a port has one of them",
+        )?;
+    }
+    if ![1, 2, 4].contains(&spec.queues) {
+        refuse(&["queues"], "of an uplink are 1, 2 or 4")?;
+    }
+    Ok(())
+}
+
+/// Reads `0000:81:10.0`: domain, bus, device and function, in hexadecimal.
+fn read_pci_address(entry: &Entry) -> Result<String, ConfigError> {
+    let remedy = "write the PCI address of a VF like \"0000:81:10.0\" (ls -l /sys/class/net/PF/device/virtfn*)";
+    let text = entry.text(remedy)?;
+    let shape = [4, 2, 2, 1];
+    let mut parts = text.split([':', '.']);
+    let hex = shape.iter().all(|digits| {
+        parts.next().is_some_and(|part| {
+            part.len() == *digits
+                && part
+                    .chars()
+                    .all(|c| c.is_ascii_digit() || ('a'..='f').contains(&c))
+        })
+    });
+    if hex && parts.next().is_none() && text.as_bytes()[4] == b':' && text.as_bytes()[7] == b':' {
+        return Ok(text.to_owned());
+    }
+    Err(entry.refuse(format_args!("cannot be {text:?}: {remedy}")))
 }
 
 fn set(spec: &mut PortSpec, entry: &Entry) -> Result<(), ConfigError> {
@@ -135,6 +207,12 @@ fn set(spec: &mut PortSpec, entry: &Entry) -> Result<(), ConfigError> {
         "socket" => {
             spec.socket = entry.path()?;
             check_socket_path(&spec.socket).map_err(|why| entry.refuse(why))?;
+        }
+        "device" => spec.device = Some(read_pci_address(entry)?),
+        "vfio-user" => {
+            let path = entry.path()?;
+            check_socket_path(&path).map_err(|why| entry.refuse(why))?;
+            spec.vfio_user = Some(path);
         }
         "mode" => {
             spec.mode = entry.choice(&[
@@ -295,11 +373,19 @@ pub fn check_beside<'a>(
             )));
         }
         // `Path` compares by component: /run//a and /run/./a are one.
-        if other.socket == spec.socket {
+        let same_socket = other.kind == spec.kind && other.socket == spec.socket;
+        if same_socket && spec.kind == PortKind::VhostUser {
             let socket = spec.socket.display();
             let other = &other.name;
             return Err(ConfigError(format!(
                 "port {name:?}: socket {socket} is port {other:?}'s already: give each port its own socket"
+            )));
+        }
+        if other.place() == spec.place() {
+            return Err(ConfigError(format!(
+                "port {name:?}: {} is port {:?}'s already: give each port its own",
+                spec.place(),
+                other.name
             )));
         }
     }
@@ -376,7 +462,7 @@ mod tests {
         );
         assert_eq!(
             refusal("ixgbevf:uplink,socket=/a"),
-            "--port 1: port \"uplink\": type \"ixgbevf\" is not a type of port: this build has \"vhost-user\""
+            "--port 1: port \"uplink\": device is missing: a port needs the PCI address of a VF like device = \"0000:81:10.0\""
         );
         assert_eq!(
             refusal("vhost-user:b,sokcet=/a"),

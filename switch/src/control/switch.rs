@@ -18,12 +18,12 @@ use super::config::Config;
 use super::cpu;
 use super::plan::{self, Action};
 use super::port_handle::{FileId, SessionReport};
-use super::rings::{Claim, Handle};
+use super::rings::{Claim, Handle, WayOut};
 use super::sandbox;
+use super::session::Session;
 use super::spec::check_beside;
 use super::state::{self, Counters, PortSpec};
 use super::status::{received, sent};
-use super::vhost_user::Session;
 use crate::dataplane::clock::tsc;
 use crate::dataplane::counters::{QueueCounters, WorkerCounters};
 use crate::dataplane::fdb::{Fdb, FdbSettings, Flush};
@@ -32,8 +32,6 @@ use crate::dataplane::port_set::{Domain, Exit, PORTS_MAX, PortId, Topology};
 use crate::dataplane::queue::TxQueue;
 use crate::dataplane::worker::{Idle, RxSlot, Shared, Worker};
 use crate::port::doze::Bed;
-use crate::port::shared;
-use crate::port::vhost::ToGuest;
 use crate::virtio::guest_mem::Poison;
 
 /// How often broken attachments are looked for, and the coarse clock is moved.
@@ -104,7 +102,7 @@ pub(super) struct Pair {
     pub(super) rx: Arc<QueueCounters>,
     pub(super) tx: Arc<QueueCounters>,
     pub(super) polled: bool,
-    pub(super) exit: Option<Arc<shared::Shared<ToGuest>>>,
+    pub(super) exit: Option<WayOut>,
 }
 
 impl Switch {
@@ -476,7 +474,7 @@ impl Port {
             .pairs
             .iter()
             .filter_map(|pair| pair.exit.clone())
-            .map(|exit| exit as Arc<dyn TxQueue>)
+            .map(WayOut::queue)
             .collect();
         (!queues.is_empty()).then_some(Exit {
             generation: self.generation,

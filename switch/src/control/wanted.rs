@@ -1,6 +1,6 @@
 //! A port as the operator wants it; plain data, used through [`super::state`].
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -23,9 +23,17 @@ pub struct PortSpec {
     /// What is behind the port.
     #[serde(rename = "type")]
     pub kind: PortKind,
-    /// The vhost-user socket: absolute, at most 107 bytes.
+    /// The vhost-user socket: absolute, at most 107 bytes. Empty for an uplink.
+    #[serde(default, skip_serializing_if = "is_empty")]
     #[schema(value_type = String)]
     pub socket: PathBuf,
+    /// PCI address of the VF of an uplink, bound to `vfio-pci`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// Socket of a process that serves a VF, in place of `device`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub vfio_user: Option<PathBuf>,
     /// Who creates the socket.
     #[serde(default)]
     pub mode: SocketMode,
@@ -64,6 +72,8 @@ impl PortSpec {
             name: name.into(),
             kind: PortKind::VhostUser,
             socket: socket.into(),
+            device: None,
+            vfio_user: None,
             mode: SocketMode::default(),
             queues: 1,
             bridge: default_bridge(),
@@ -76,10 +86,23 @@ impl PortSpec {
         }
     }
 
+    /// Where the port's other end is: a socket, or a PCI address. No two ports may have the same.
+    pub fn place(&self) -> String {
+        match (&self.device, &self.vfio_user) {
+            (Some(device), _) => device.clone(),
+            (None, Some(path)) => path.display().to_string(),
+            (None, None) => self.socket.display().to_string(),
+        }
+    }
+
     /// The longest frame the port takes, in bytes: MTU, Ethernet header and one VLAN tag, but never more than 65,535.
     pub fn frame_max(&self) -> usize {
         (self.mtu + HEADER_MAX).min(MTU_MAX) as usize
     }
+}
+
+fn is_empty(path: &Path) -> bool {
+    path.as_os_str().is_empty()
 }
 
 fn one() -> u16 {
@@ -100,6 +123,8 @@ fn default_mtu() -> u32 {
 pub enum PortKind {
     /// A container with DPDK's virtio_user, or a VM with virtio-net.
     VhostUser,
+    /// A VF of an 82599 NIC: the way to the wire.
+    Ixgbevf,
 }
 
 /// Who creates the socket of a vhost-user port.

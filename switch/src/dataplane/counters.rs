@@ -46,6 +46,10 @@ reasons! {
     PortDown = "port_down",
     /// The sender's memory vanished while the frame was on its way.
     SenderGone = "sender_gone",
+    /// The NIC says that the frame arrived damaged, or gives it a shape no frame has.
+    Damaged = "damaged",
+    /// A broadcast of this bridge's own that the NIC sent back.
+    Echo = "echo",
     /// The receiver had no free buffer.
     TxFull = "tx_full",
     /// Another worker held the receiver's queue for longer than a burst takes.

@@ -2,6 +2,7 @@
 
 pub mod call;
 pub mod doze;
+pub mod ixgbevf;
 pub mod mem;
 pub mod shared;
 pub mod vhost;
