@@ -182,6 +182,12 @@ impl Fleet {
             .filter(|&jitter| jitter > 0.0)
             .collect();
         let silences = self.lanes.iter().map(|lane| lane.sink.silence());
+        // Where nothing comes back, sending is all there is.
+        let frames = if spent.received > 0 {
+            spent.received
+        } else {
+            count.sent
+        };
         Outcome {
             mpps: if count.seconds > 0.0 {
                 spent.received as f64 / count.seconds / 1e6
@@ -199,7 +205,7 @@ impl Fleet {
                 .iter_mut()
                 .map(|lane| lane.sink.latencies().clone())
                 .collect(),
-            cycles: spent.busy as f64 / spent.received.max(1) as f64,
+            cycles: spent.busy as f64 / frames.max(1) as f64,
             busy: spent.busy as f64 / spent.all.max(1) as f64,
             partial,
             tsc_hz: self.tsc_hz,
