@@ -4,13 +4,12 @@
 //! tells nobody, it does so within seconds, and it changes every figure of a switch by 1.4 to 3 times, the ranking of
 //! the switches included. Two pinned threads that hand one cache line back and forth see it at once.
 
-#![allow(unsafe_code)] // one instruction: reading the time stamp counter
-
-use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Barrier, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use ringway::dataplane::clock::tsc;
 use serde::{Deserialize, Serialize};
 
 use crate::process::pin;
@@ -231,15 +230,15 @@ pub(crate) fn median(values: &mut [f64]) -> Option<f64> {
     }
 }
 
-/// Cycles per second of the time stamp counter, the unit of every "cycles per frame"; measured for 50 ms.
-#[cfg(target_arch = "x86_64")]
+/// Cycles per second of the time stamp counter, the unit of every "cycles per frame"; measured once, for 50 ms.
 pub(crate) fn tsc_hz() -> f64 {
-    // SAFETY: every x86-64 CPU has RDTSC, and Linux lets user space execute it.
-    let now = || unsafe { core::arch::x86_64::_rdtsc() };
-    let (begin, first) = (Instant::now(), now());
-    std::thread::sleep(Duration::from_millis(50));
-    let (time, last) = (begin.elapsed(), now());
-    last.wrapping_sub(first) as f64 / time.as_secs_f64()
+    static HZ: OnceLock<f64> = OnceLock::new();
+    *HZ.get_or_init(|| {
+        let (begin, first) = (Instant::now(), tsc());
+        std::thread::sleep(Duration::from_millis(50));
+        let (time, last) = (begin.elapsed(), tsc());
+        last.wrapping_sub(first) as f64 / time.as_secs_f64()
+    })
 }
 
 #[cfg(test)]
