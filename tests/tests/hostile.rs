@@ -17,6 +17,7 @@ mod hostile {
     mod memory;
     mod rig;
     mod rings;
+    mod soak;
     mod sockets;
     mod talk;
     mod usage;

@@ -18,12 +18,12 @@ use super::talk::{PLAIN, event, message, pair, req, times, whole};
 use super::usage::Usage;
 
 #[test]
-fn h21_any_message_may_bring_any_number_of_descriptors_and_none_stays() -> Result<()> {
+pub(super) fn h21_any_message_may_bring_any_number_of_descriptors_and_none_stays() -> Result<()> {
     Case::of("H21").run(|x| {
         for round in 0..3 {
             x.port_again("")?;
             let (talk, fd) = (x.connect()?, event()?);
-            let request = 1 + ((x.seed * 3 + round) % 46) as u32;
+            let request = 1 + (x.seed.wrapping_mul(3).wrapping_add(round) % 46) as u32;
             let count = x.one_of(&[1, 2, 8, 9, 32, 33, 253]);
             let size = x.one_of(&[0, 8, 40]);
             talk.bytes(&message(request, PLAIN, &vec![0; size]), &times(&fd, count))?;
@@ -60,7 +60,8 @@ fn h22_a_switch_that_may_open_no_more_refuses_and_leaks_nothing() -> Result<()> 
 }
 
 #[test]
-fn h23_h29_memory_that_is_no_memfd_is_refused_before_anything_touches_it() -> Result<()> {
+pub(super) fn h23_h29_memory_that_is_no_memfd_is_refused_before_anything_touches_it() -> Result<()>
+{
     Case::of("H23 H29").run(|x| {
         let talk = x.connect()?;
         talk.shake(true, 0)?;
@@ -101,7 +102,7 @@ fn h23_h29_memory_that_is_no_memfd_is_refused_before_anything_touches_it() -> Re
 }
 
 #[test]
-fn h25_a_call_descriptor_filled_to_the_brim_blocks_nobody() -> Result<()> {
+pub(super) fn h25_a_call_descriptor_filled_to_the_brim_blocks_nobody() -> Result<()> {
     Case::of("H25").run(|x| {
         let mut wild = x.attach(x.options())?;
         wild.announce(x)?;
@@ -163,7 +164,7 @@ fn no_eventfd(choice: u64) -> Result<(OwnedFd, Vec<OwnedFd>)> {
 }
 
 #[test]
-fn h26_what_is_no_eventfd_is_refused_as_kick_and_as_call() -> Result<()> {
+pub(super) fn h26_what_is_no_eventfd_is_refused_as_kick_and_as_call() -> Result<()> {
     Case::of("H26").run(|x| {
         let wild = x.attach(x.options())?;
         let talk = wild.talk()?;
@@ -181,7 +182,7 @@ fn h26_what_is_no_eventfd_is_refused_as_kick_and_as_call() -> Result<()> {
 }
 
 #[test]
-fn h27_kicks_without_end_cost_the_others_nothing() -> Result<()> {
+pub(super) fn h27_kicks_without_end_cost_the_others_nothing() -> Result<()> {
     Case::of("H27").run(|x| {
         let mut wild = x.attach(x.options())?;
         wild.announce(x)?;
@@ -195,7 +196,7 @@ fn h27_kicks_without_end_cost_the_others_nothing() -> Result<()> {
 }
 
 #[test]
-fn h28_kick_and_call_may_be_missing_or_replaced_at_any_time() -> Result<()> {
+pub(super) fn h28_kick_and_call_may_be_missing_or_replaced_at_any_time() -> Result<()> {
     Case::of("H28").run(|x| {
         let mut wild = x.attach(x.options())?;
         let talk = wild.talk()?;
@@ -217,7 +218,8 @@ fn h28_kick_and_call_may_be_missing_or_replaced_at_any_time() -> Result<()> {
 }
 
 #[test]
-fn h30_nested_graphs_of_sockets_are_closed_by_nobody_but_the_ports_own_thread() -> Result<()> {
+pub(super) fn h30_nested_graphs_of_sockets_are_closed_by_nobody_but_the_ports_own_thread()
+-> Result<()> {
     Case::of("H30").run(|x| {
         let talk = x.connect()?;
         talk.shake(false, 0)?;

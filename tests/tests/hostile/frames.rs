@@ -33,7 +33,7 @@ fn knows(x: &X<'_>, number: u32, port: &str) -> Result<bool> {
 }
 
 #[test]
-fn h71_a_flood_of_stations_evicts_nobody_but_their_own() -> Result<()> {
+pub(super) fn h71_a_flood_of_stations_evicts_nobody_but_their_own() -> Result<()> {
     Case::of("H71")
         .beside()
         .config(|config| config.fdb.capacity = 2048)
@@ -55,7 +55,7 @@ fn h71_a_flood_of_stations_evicts_nobody_but_their_own() -> Result<()> {
 }
 
 #[test]
-fn h73_sources_that_nobody_may_have_are_dropped() -> Result<()> {
+pub(super) fn h73_sources_that_nobody_may_have_are_dropped() -> Result<()> {
     Case::of("H73").beside().run(|x| {
         let mut wild = x.attach(x.options())?;
         let froms = [[0; 6], [0xff; 6], [1, 0, 0x5e, 0, 0, 1], [3, 2, 2, 2, 2, 2]];
@@ -68,7 +68,7 @@ fn h73_sources_that_nobody_may_have_are_dropped() -> Result<()> {
 }
 
 #[test]
-fn h77_runts_are_dropped_and_short_frames_go_through_as_they_are() -> Result<()> {
+pub(super) fn h77_runts_are_dropped_and_short_frames_go_through_as_they_are() -> Result<()> {
     Case::of("H77").beside().run(|x| {
         let mut wild = x.attach(x.options())?;
         wild.announce(x)?;
@@ -87,7 +87,7 @@ fn h77_runts_are_dropped_and_short_frames_go_through_as_they_are() -> Result<()>
 }
 
 #[test]
-fn h77_h78_tags_are_read_by_nobody_and_change_nothing() -> Result<()> {
+pub(super) fn h77_h78_tags_are_read_by_nobody_and_change_nothing() -> Result<()> {
     Case::of("H77 H78").beside().run(|x| {
         let mut wild = x.attach(x.options())?;
         let tags = x.below(17) as usize;
@@ -104,7 +104,7 @@ fn h77_h78_tags_are_read_by_nobody_and_change_nothing() -> Result<()> {
 }
 
 #[test]
-fn h79_h97_link_local_protocols_are_never_forwarded() -> Result<()> {
+pub(super) fn h79_h97_link_local_protocols_are_never_forwarded() -> Result<()> {
     Case::of("H79 H97").beside().run(|x| {
         let mut wild = x.attach(x.options())?;
         wild.announce(x)?;
@@ -120,8 +120,8 @@ fn h79_h97_link_local_protocols_are_never_forwarded() -> Result<()> {
 }
 
 #[test]
-fn h80_h81_who_sends_without_end_to_everybody_in_its_bridge_costs_the_others_no_frame() -> Result<()>
-{
+pub(super) fn h80_h81_who_sends_without_end_to_everybody_in_its_bridge_costs_the_others_no_frame()
+-> Result<()> {
     Case::of("H75 H80 H81").run(|x| {
         let mut wild = x.attach(x.options())?;
         let len = x.one_of(&[60, 200, 1514]);
@@ -135,7 +135,7 @@ fn h80_h81_who_sends_without_end_to_everybody_in_its_bridge_costs_the_others_no_
 }
 
 #[test]
-fn h83_a_frame_for_its_own_port_is_not_reflected() -> Result<()> {
+pub(super) fn h83_a_frame_for_its_own_port_is_not_reflected() -> Result<()> {
     Case::of("H83").beside().run(|x| {
         let mut wild = x.attach(x.options())?;
         wild.announce(x)?;
@@ -148,7 +148,7 @@ fn h83_a_frame_for_its_own_port_is_not_reflected() -> Result<()> {
 }
 
 #[test]
-fn h84_stations_that_differ_in_few_bits_do_not_pile_up() -> Result<()> {
+pub(super) fn h84_stations_that_differ_in_few_bits_do_not_pile_up() -> Result<()> {
     Case::of("H84")
         .beside()
         .config(|config| config.fdb.capacity = 2048)

@@ -12,7 +12,7 @@ use super::rings::{Hand, lay, room};
 
 /// Checksum to complete, any GSO type, lengths beyond the frame: all at the sender's pleasure.
 #[test]
-fn h63_to_h68_whatever_a_sender_writes_there_the_receiver_sees_zeros() -> Result<()> {
+pub(super) fn h63_to_h68_whatever_a_sender_writes_there_the_receiver_sees_zeros() -> Result<()> {
     Case::of("H63-H68").at_once(1).run(|x| {
         let options = Options {
             in_order: false,
@@ -55,7 +55,7 @@ fn h63_to_h68_whatever_a_sender_writes_there_the_receiver_sees_zeros() -> Result
 }
 
 #[test]
-fn h69_beyond_a_frame_nothing_is_written_into_its_buffer() -> Result<()> {
+pub(super) fn h69_beyond_a_frame_nothing_is_written_into_its_buffer() -> Result<()> {
     Case::of("H69").run(|x| {
         let options = Options {
             layout: Layout::Split,

@@ -49,7 +49,7 @@ fn handshake(x: &X<'_>, steps: u64) -> Result<Talk> {
 }
 
 #[test]
-fn h85_a_guest_that_dies_at_any_step_leaves_a_free_port() -> Result<()> {
+pub(super) fn h85_a_guest_that_dies_at_any_step_leaves_a_free_port() -> Result<()> {
     Case::of("H85").run(|x| {
         for _ in 0..5 {
             let steps = x.below(16);
@@ -67,7 +67,7 @@ fn h85_a_guest_that_dies_at_any_step_leaves_a_free_port() -> Result<()> {
 }
 
 #[test]
-fn h86_a_port_deleted_under_a_guest_at_any_step() -> Result<()> {
+pub(super) fn h86_a_port_deleted_under_a_guest_at_any_step() -> Result<()> {
     Case::of("H86").run(|x| {
         let steps = x.below(16);
         let talk = handshake(x, steps)?;
@@ -106,7 +106,7 @@ fn h88_with_peers_stuck_at_every_step_the_switch_still_leaves_when_told() -> Res
 }
 
 #[test]
-fn h91_the_newest_wins_only_if_the_one_that_is_there_is_dead() -> Result<()> {
+pub(super) fn h91_the_newest_wins_only_if_the_one_that_is_there_is_dead() -> Result<()> {
     Case::of("H91").run(|x| {
         let mut first = x.attach(x.options())?;
         first.announce(x)?;
@@ -121,7 +121,7 @@ fn h91_the_newest_wins_only_if_the_one_that_is_there_is_dead() -> Result<()> {
 }
 
 #[test]
-fn h92_sixty_four_come_at_once_and_go_at_once() -> Result<()> {
+pub(super) fn h92_sixty_four_come_at_once_and_go_at_once() -> Result<()> {
     Case::of("H92").at_once(64).seeds(64).run(|x| {
         let mut wild = x.attach(x.options())?;
         wild.announce(x)?;

@@ -30,7 +30,7 @@ fn burst(wild: &mut Wild, x: &X<'_>) {
 }
 
 #[test]
-fn h31_memory_that_is_truncated_costs_its_own_port_alone() -> Result<()> {
+pub(super) fn h31_memory_that_is_truncated_costs_its_own_port_alone() -> Result<()> {
     Case::of("H31").run(|x| {
         let mut wild = x.attach(x.options())?;
         wild.announce(x)?;
@@ -53,7 +53,7 @@ fn h31_memory_that_is_truncated_costs_its_own_port_alone() -> Result<()> {
 }
 
 #[test]
-fn h31_memory_that_is_truncated_during_the_handshake() -> Result<()> {
+pub(super) fn h31_memory_that_is_truncated_during_the_handshake() -> Result<()> {
     Case::of("H31 handshake").run(|x| {
         let memory = OwnMem::new(1 << 20, 0x1000_0000, false)?;
         let talk = x.connect()?;
@@ -101,7 +101,7 @@ fn meanwhile(x: &X<'_>, time: Duration, mut act: impl FnMut() -> Result<()> + Se
 }
 
 #[test]
-fn h32_memory_that_comes_and_goes_is_never_trusted_again() -> Result<()> {
+pub(super) fn h32_memory_that_comes_and_goes_is_never_trusted_again() -> Result<()> {
     Case::of("H32").run(|x| {
         let mut wild = x.attach(x.options())?;
         wild.announce(x)?;
@@ -116,7 +116,7 @@ fn h32_memory_that_comes_and_goes_is_never_trusted_again() -> Result<()> {
 }
 
 #[test]
-fn h33_h39_tables_that_cannot_be_are_refused_and_nothing_stays_mapped() -> Result<()> {
+pub(super) fn h33_h39_tables_that_cannot_be_are_refused_and_nothing_stays_mapped() -> Result<()> {
     Case::of("H33 H39").run(|x| {
         let talk = x.connect()?;
         talk.shake(true, 0)?;
@@ -164,7 +164,7 @@ fn h33_h39_tables_that_cannot_be_are_refused_and_nothing_stays_mapped() -> Resul
 }
 
 #[test]
-fn h39_more_regions_than_the_message_has_room_for() -> Result<()> {
+pub(super) fn h39_more_regions_than_the_message_has_room_for() -> Result<()> {
     Case::of("H39 many").run(|x| {
         let talk = x.connect()?;
         talk.shake(true, 0)?;
@@ -193,7 +193,7 @@ fn h39_more_regions_than_the_message_has_room_for() -> Result<()> {
 }
 
 #[test]
-fn h34_a_sparse_file_is_not_filled_at_our_expense() -> Result<()> {
+pub(super) fn h34_a_sparse_file_is_not_filled_at_our_expense() -> Result<()> {
     const SPARSE: u64 = 0x100_0000_0000;
     Case::of("H34").seeds(8).run(|x| {
         let options = Options {
@@ -237,7 +237,7 @@ fn h34_a_sparse_file_is_not_filled_at_our_expense() -> Result<()> {
 }
 
 #[test]
-fn h35_h36_holes_punched_under_rings_and_buffers_stay_the_attackers_own() -> Result<()> {
+pub(super) fn h35_h36_holes_punched_under_rings_and_buffers_stay_the_attackers_own() -> Result<()> {
     Case::of("H35 H36").run(|x| {
         let mut wild = x.attach(x.options())?;
         wild.announce(x)?;
@@ -257,7 +257,7 @@ fn h35_h36_holes_punched_under_rings_and_buffers_stay_the_attackers_own() -> Res
 }
 
 #[test]
-fn h40_tables_told_over_and_over_in_full_traffic() -> Result<()> {
+pub(super) fn h40_tables_told_over_and_over_in_full_traffic() -> Result<()> {
     Case::of("H40").run(|x| {
         let mut wild = x.attach(x.options())?;
         wild.announce(x)?;
@@ -272,7 +272,7 @@ fn h40_tables_told_over_and_over_in_full_traffic() -> Result<()> {
 }
 
 #[test]
-fn h41_regions_that_overlap_are_refused() -> Result<()> {
+pub(super) fn h41_regions_that_overlap_are_refused() -> Result<()> {
     Case::of("H41").run(|x| {
         let talk = x.connect()?;
         talk.shake(true, 0)?;

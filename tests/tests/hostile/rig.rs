@@ -1,5 +1,6 @@
 //! The rig: a switch with innocent pairs under load, and an attacker on a fresh port for every seed.
 
+use std::cell::RefCell;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,7 +19,7 @@ use testkit::ringway::{Ringway, server_port};
 use testkit::topology::{BROADCAST, frame, last_cpu};
 
 use super::api::{self, PATIENCE};
-use super::innocents::{Innocent, Innocents, address};
+use super::innocents::{Innocent, Innocents, Seen, address};
 use super::talk::Talk;
 use super::usage::{Usage, wait_back_at};
 
@@ -29,6 +30,16 @@ const BESIDE: u64 = 200;
 
 /// One case at a time: each has a polling worker, and innocents under load.
 static ALONE: Mutex<()> = Mutex::new(());
+
+thread_local! {
+    /// While set, every case that this thread runs is one visit to this rig, with this seed.
+    pub(super) static SOAK: RefCell<Option<(Arc<Rig>, u64)>> = const { RefCell::new(None) };
+}
+
+/// Nobody else's cases run while this is held.
+pub(super) fn alone() -> MutexGuard<'static, ()> {
+    lock(&ALONE)
+}
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -83,6 +94,10 @@ impl Case {
 
     /// Lets the attack loose once per seed and asks afterwards what it cost.
     pub(super) fn run(self, attack: impl Fn(&mut X<'_>) -> Result<()> + Sync) -> Result<()> {
+        if let Some((rig, seed)) = SOAK.with_borrow(Clone::clone) {
+            let visit = rig.visit("wild", seed, &attack);
+            return visit.with_context(|| format!("{}: seed {seed}", self.number));
+        }
         let alone = lock(&ALONE);
         let began = Instant::now();
         let rig = Rig::start(&self).with_context(|| format!("{}: start", self.number))?;
@@ -152,7 +167,7 @@ pub(super) fn friend_mac() -> Mac {
 }
 
 impl Rig {
-    fn start(case: &Case) -> Result<Rig> {
+    pub(super) fn start(case: &Case) -> Result<Rig> {
         let mut ports: Vec<PortSpec> = ["a", "b", "c", "d"].map(server_port).into();
         ports.push(PortSpec {
             bridge: case.bridge.to_owned(),
@@ -269,8 +284,18 @@ impl Rig {
         reach(&mut friend.queues, queues, &answer)
     }
 
+    /// Frames of the innocents so far.
+    pub(super) fn innocents(&self) -> &Innocents {
+        &self.innocents
+    }
+
+    /// Attackers so far.
+    pub(super) fn visits(&self) -> u64 {
+        self.visits.load(Ordering::Relaxed)
+    }
+
     /// The innocents lost nothing, the books balance, nobody panicked, and the switch leaves when told.
-    fn end(self) -> Result<super::innocents::Seen> {
+    pub(super) fn end(self) -> Result<Seen> {
         let seen = self.innocents.finish()?;
         self.friend
             .into_inner()

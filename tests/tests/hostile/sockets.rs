@@ -44,7 +44,7 @@ fn shaken(x: &X<'_>) -> Result<Talk> {
 }
 
 #[test]
-fn h00_a_guest_that_behaves_costs_nobody_anything() -> Result<()> {
+pub(super) fn h00_a_guest_that_behaves_costs_nobody_anything() -> Result<()> {
     Case::of("H0").beside().run(|x| {
         let mut wild = x.attach(x.options())?;
         wild.announce(x)?;
@@ -56,7 +56,7 @@ fn h00_a_guest_that_behaves_costs_nobody_anything() -> Result<()> {
 }
 
 #[test]
-fn h01_half_a_message_is_waited_for_one_second_by_its_own_port_alone() -> Result<()> {
+pub(super) fn h01_half_a_message_is_waited_for_one_second_by_its_own_port_alone() -> Result<()> {
     Case::of("H1").at_once(20).run(|x| {
         let whole = message(req::SET_FEATURES, PLAIN, &[0; 8]);
         let cut = 1 + x.below(whole.len() as u64 - 1) as usize;
@@ -67,7 +67,7 @@ fn h01_half_a_message_is_waited_for_one_second_by_its_own_port_alone() -> Result
 }
 
 #[test]
-fn h02_messages_in_pieces_and_several_in_one_are_put_together_rightly() -> Result<()> {
+pub(super) fn h02_messages_in_pieces_and_several_in_one_are_put_together_rightly() -> Result<()> {
     Case::of("H2").at_once(10).run(|x| {
         let talk = x.connect()?;
         let fd = event()?;
@@ -96,7 +96,7 @@ fn h02_messages_in_pieces_and_several_in_one_are_put_together_rightly() -> Resul
 }
 
 #[test]
-fn h03_sizes_that_no_message_has_end_the_visit() -> Result<()> {
+pub(super) fn h03_sizes_that_no_message_has_end_the_visit() -> Result<()> {
     Case::of("H3").run(|x| {
         let fd = event()?;
         let size = x.one_of(&[u32::MAX, 4097, 0x8000_0000, 0, 3]);
@@ -110,7 +110,7 @@ fn h03_sizes_that_no_message_has_end_the_visit() -> Result<()> {
 }
 
 #[test]
-fn h04_unknown_messages_and_flags_are_refused() -> Result<()> {
+pub(super) fn h04_unknown_messages_and_flags_are_refused() -> Result<()> {
     Case::of("H4").run(|x| {
         let talk = shaken(x)?;
         let strange = x.one_of(&[
@@ -163,7 +163,7 @@ fn any_message(x: &mut X<'_>, memory: &OwnMem) -> (u32, Vec<u8>) {
 }
 
 #[test]
-fn h05_messages_in_any_order_have_an_outcome() -> Result<()> {
+pub(super) fn h05_messages_in_any_order_have_an_outcome() -> Result<()> {
     Case::of("H5").run(|x| {
         for _ in 0..5 {
             x.port_again("")?;
@@ -200,7 +200,7 @@ fn h05_messages_in_any_order_have_an_outcome() -> Result<()> {
 }
 
 #[test]
-fn h06_rings_that_the_port_does_not_have_are_refused() -> Result<()> {
+pub(super) fn h06_rings_that_the_port_does_not_have_are_refused() -> Result<()> {
     Case::of("H6").run(|x| {
         let (talk, fd) = (shaken(x)?, event()?);
         let index = x.one_of(&[2, 3, 255, 0x1_0000, u32::MAX]);
@@ -227,7 +227,7 @@ fn h06_rings_that_the_port_does_not_have_are_refused() -> Result<()> {
 }
 
 #[test]
-fn h07_features_that_were_not_offered_are_refused() -> Result<()> {
+pub(super) fn h07_features_that_were_not_offered_are_refused() -> Result<()> {
     Case::of("H7").run(|x| {
         let talk = shaken(x)?;
         let bit = x.one_of(&[0, 1, 5, 7, 11, 22, 26, 33, 36, 40, 63]);
@@ -249,7 +249,7 @@ fn h07_features_that_were_not_offered_are_refused() -> Result<()> {
 }
 
 #[test]
-fn h08_a_flood_of_messages_is_answered_at_a_rate_and_nobody_else_waits() -> Result<()> {
+pub(super) fn h08_a_flood_of_messages_is_answered_at_a_rate_and_nobody_else_waits() -> Result<()> {
     Case::of("H8").at_once(10).seeds(10).run(|x| {
         let talk = shaken(x)?;
         let flood = x.one_of(&[req::SET_OWNER, req::RESET_OWNER, req::SET_VRING_NUM]);
@@ -270,7 +270,7 @@ fn h08_a_flood_of_messages_is_answered_at_a_rate_and_nobody_else_waits() -> Resu
 }
 
 #[test]
-fn h09_ring_sizes_that_do_not_exist_are_refused_running_or_not() -> Result<()> {
+pub(super) fn h09_ring_sizes_that_do_not_exist_are_refused_running_or_not() -> Result<()> {
     Case::of("H9").run(|x| {
         let wild = x.attach(x.plain())?;
         let talk = wild.talk()?;
@@ -289,7 +289,8 @@ fn h09_ring_sizes_that_do_not_exist_are_refused_running_or_not() -> Result<()> {
 }
 
 #[test]
-fn h09_a_size_that_changes_while_the_ring_runs_is_taken_between_two_turns() -> Result<()> {
+pub(super) fn h09_a_size_that_changes_while_the_ring_runs_is_taken_between_two_turns() -> Result<()>
+{
     Case::of("H9 running").run(|x| {
         let mut wild = x.attach(x.plain())?;
         wild.announce(x)?;
@@ -309,7 +310,7 @@ fn h09_a_size_that_changes_while_the_ring_runs_is_taken_between_two_turns() -> R
 }
 
 #[test]
-fn h10_ring_addresses_outside_the_memory_or_askew_are_refused() -> Result<()> {
+pub(super) fn h10_ring_addresses_outside_the_memory_or_askew_are_refused() -> Result<()> {
     Case::of("H10").run(|x| {
         let wild = x.attach(x.plain())?;
         let (talk, memory) = (wild.talk()?, wild.memory()?);
@@ -338,7 +339,7 @@ fn h10_ring_addresses_outside_the_memory_or_askew_are_refused() -> Result<()> {
 }
 
 #[test]
-fn h11_any_ring_base_harms_its_own_port_alone() -> Result<()> {
+pub(super) fn h11_any_ring_base_harms_its_own_port_alone() -> Result<()> {
     Case::of("H11").run(|x| {
         let mut wild = x.attach(x.options())?;
         wild.announce(x)?;
@@ -362,7 +363,7 @@ fn h11_any_ring_base_harms_its_own_port_alone() -> Result<()> {
 }
 
 #[test]
-fn h12_h13_h15_what_was_not_offered_is_refused() -> Result<()> {
+pub(super) fn h12_h13_h15_what_was_not_offered_is_refused() -> Result<()> {
     Case::of("H12 H13 H15").run(|x| {
         let (talk, fd) = (shaken(x)?, event()?);
         let memory = OwnMem::new(4096, 0, false)?;
@@ -388,7 +389,7 @@ fn h12_h13_h15_what_was_not_offered_is_refused() -> Result<()> {
 }
 
 #[test]
-fn h14_who_does_not_read_answers_is_put_out() -> Result<()> {
+pub(super) fn h14_who_does_not_read_answers_is_put_out() -> Result<()> {
     Case::of("H14").at_once(20).run(|x| {
         let talk = x.connect()?;
         talk.stream()
@@ -404,7 +405,7 @@ fn h14_who_does_not_read_answers_is_put_out() -> Result<()> {
 }
 
 #[test]
-fn h16_of_many_who_connect_one_is_served_and_the_others_are_sent_away() -> Result<()> {
+pub(super) fn h16_of_many_who_connect_one_is_served_and_the_others_are_sent_away() -> Result<()> {
     Case::of("H16").run(|x| {
         let first = shaken(x)?;
         let crowd: Vec<UnixStream> = (0..150)
@@ -423,7 +424,7 @@ fn h16_of_many_who_connect_one_is_served_and_the_others_are_sent_away() -> Resul
 }
 
 #[test]
-fn h17_a_loop_of_connections_leaves_nothing_behind() -> Result<()> {
+pub(super) fn h17_a_loop_of_connections_leaves_nothing_behind() -> Result<()> {
     Case::of("H17").run(|x| {
         for round in 0..150 {
             let talk = x.connect()?;
@@ -479,7 +480,7 @@ fn h18_another_user_may_not_connect() -> Result<()> {
 }
 
 #[test]
-fn h19_a_link_to_another_containers_socket_is_not_followed() -> Result<()> {
+pub(super) fn h19_a_link_to_another_containers_socket_is_not_followed() -> Result<()> {
     Case::of("H19").run(|x| {
         let mut victim = x.attach(x.options())?;
         victim.announce(x)?;
@@ -506,7 +507,7 @@ fn h19_a_link_to_another_containers_socket_is_not_followed() -> Result<()> {
 }
 
 #[test]
-fn h20_what_is_no_socket_is_refused_without_a_wait() -> Result<()> {
+pub(super) fn h20_what_is_no_socket_is_refused_without_a_wait() -> Result<()> {
     Case::of("H20").run(|x| {
         let path = x.socket();
         api::del_port(&x.rig.api, &x.port)?;
