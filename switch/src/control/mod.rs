@@ -6,6 +6,8 @@ pub mod api;
 pub mod config;
 pub mod cpu;
 pub mod doctor;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod keys;
 pub mod metrics;
 mod operate;

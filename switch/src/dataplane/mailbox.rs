@@ -77,8 +77,9 @@ pub struct Stopped;
 impl Mailbox {
     fn post(&self, letter: Letter) -> Result<(), Stopped> {
         self.letters.send(letter).map_err(|_| Stopped)?;
-        // Release: pairs with the Acquire in `Slot::next`; a worker that sees the flag finds the letter.
-        self.flag.store(true, Ordering::Release);
+        // Release: pairs with the Acquire in `Slot::next`; a worker that sees the flag finds the letter. A swap like that in
+        // `open`: of two swaps one comes first, and the model shows that neither order loses a letter.
+        self.flag.swap(true, Ordering::Release);
         self.wake.wake();
         Ok(())
     }
@@ -125,8 +126,10 @@ impl Slot {
 
     #[cold]
     fn open(&self) -> Option<Letter> {
-        // Cleared before the look: a letter that comes after the look sets it again.
-        self.flag.store(false, Ordering::SeqCst);
+        // Cleared before the look: a letter that comes after the look sets it again. A swap, not a store: it reads whichever
+        // flag it overwrites, so the letter of that flag is seen below. A store could lose it on a machine of weak order
+        // (`switch/tests/hand_overs.rs`). Acquire: pairs with the Release in `post`.
+        self.flag.swap(false, Ordering::Acquire);
         let letter = self.letters.try_recv().ok();
         if !self.letters.is_empty() {
             self.flag.store(true, Ordering::Release);

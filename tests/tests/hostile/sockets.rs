@@ -384,7 +384,13 @@ pub(super) fn h12_h13_h15_what_was_not_offered_is_refused() -> Result<()> {
             1 => vec![fd.as_fd()],
             _ => vec![memory.fd(); 2],
         };
-        is_refused(x, &talk, (request, &payload), &fds, &["not offered"])
+        is_refused(
+            x,
+            &talk,
+            (request, &payload),
+            &fds,
+            &["not offered", "at fault"],
+        )
     })
 }
 

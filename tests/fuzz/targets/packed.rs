@@ -1,0 +1,8 @@
+//! A packed ring with a driver that lies.
+#![no_main]
+
+mod ring;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    ring::lie(data, ringway::virtio::ring::feature::RING_PACKED)
+});
