@@ -308,6 +308,7 @@ fn port(
         domain: Domain(0),
         generation: 1,
         counters: rx.clone(),
+        guard: None,
     };
     books.extend([rx, tx]);
     let exit = Exit {

@@ -89,6 +89,7 @@ impl Rig {
                 domain: Domain(*domain),
                 generation: 1,
                 counters: port.rx.clone(),
+                guard: None,
             };
             mail.attach(Box::new(RxSlot {
                 source,

@@ -202,6 +202,7 @@ impl Port {
             domain: self.domain,
             generation: self.generation,
             counters: entry.rx.clone(),
+            guard: self.guard.clone(),
         };
         Some((entry.worker, Box::new(RxSlot { source, queue })))
     }

@@ -5,19 +5,23 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
 
+use super::config::FDB_CAPACITY_MAX;
 use super::keys::{ConfigError, Entry, Raw, check_keys, did_you_mean, quoted};
 use super::state::{
     Hugepages, MTU_MAX, Owner, Permissions, PortKind, PortSpec, QUEUES_MAX, SocketMode,
 };
+use crate::dataplane::eth::Mac;
 
 /// Bytes of a path that fit into `sockaddr_un` with the NUL that other programs expect there.
 pub const SOCKET_PATH_MAX: usize = 107;
 /// Smallest MTU IPv4 lives with (RFC 791).
 const MTU_MIN: u32 = 68;
+/// Addresses a port can be locked to: each source that is not known is compared with all of them.
+const MACS_MAX: usize = 16;
 /// Longest name of a port or bridge: it has to fit into tables, labels and file names.
 const NAME_MAX: usize = 32;
 
-const KEYS: [&str; 14] = [
+const KEYS: [&str; 18] = [
     "name",
     "type",
     "socket",
@@ -31,6 +35,10 @@ const KEYS: [&str; 14] = [
     "socket-mode",
     "socket-owner",
     "peer-uid",
+    "mac",
+    "stations",
+    "moves",
+    "floods",
     "workers",
 ];
 const TYPES: [(&str, PortKind); 2] = [
@@ -230,6 +238,12 @@ fn set(spec: &mut PortSpec, entry: &Entry) -> Result<(), ConfigError> {
         "socket-mode" => spec.socket_mode = Some(Permissions(entry.permissions()?)),
         "socket-owner" => spec.socket_owner = Some(read_owner(entry, Path::new("/etc"))?),
         "peer-uid" => spec.peer_uid = Some(read_user(entry, Path::new("/etc"))?),
+        "mac" => spec.mac = read_macs(entry)?,
+        "stations" => {
+            spec.stations = entry.number(1..=i64::from(FDB_CAPACITY_MAX), " stations")? as u32
+        }
+        "moves" => spec.moves = entry.number(1..=1_000_000, " stations a second")? as u32,
+        "floods" => spec.floods = entry.number(1..=100_000_000, " frames a second")? as u32,
         "workers" => spec.workers = entry.cpus()?,
         _ => {} // name and type are read by now
     }
@@ -326,6 +340,41 @@ pub(crate) fn read_owner(entry: &Entry, etc: &Path) -> Result<Owner, ConfigError
     Ok(owner)
 }
 
+/// Reads station addresses: one, a list, or several with `+` on a command line.
+fn read_macs(entry: &Entry) -> Result<Vec<Mac>, ConfigError> {
+    let remedy = "write an address like \"02:00:00:00:00:01\", or a list of up to 16 (with + on a command line)";
+    let texts: Vec<&str> = match &entry.value {
+        Raw::List(items) => {
+            let texts: Option<Vec<&str>> = items.iter().map(text_of).collect();
+            texts
+                .filter(|texts| !texts.is_empty())
+                .ok_or_else(|| entry.refuse(format_args!("cannot be a list of that: {remedy}")))?
+        }
+        Raw::Text(_) => entry.text(remedy)?.split('+').collect(),
+        _ => vec![entry.text(remedy)?],
+    };
+    let mut macs = Vec::new();
+    for text in texts {
+        let mac: Mac = text
+            .parse()
+            .map_err(|why| entry.refuse(format_args!("names {why}")))?;
+        if mac.is_multicast() || mac.is_zero() || macs.contains(&mac) || macs.len() == MACS_MAX {
+            return Err(entry.refuse(format_args!(
+                "cannot have {mac}: write each station's own address once, {MACS_MAX} at most"
+            )));
+        }
+        macs.push(mac);
+    }
+    Ok(macs)
+}
+
+fn text_of(item: &Raw) -> Option<&str> {
+    match item {
+        Raw::Str(text) => Some(text),
+        _ => None,
+    }
+}
+
 /// Reads a user, by number or by a name in `passwd` of `etc`.
 fn read_user(entry: &Entry, etc: &Path) -> Result<u32, ConfigError> {
     if let Raw::Int(number) = entry.value {
@@ -388,6 +437,13 @@ pub fn check_beside<'a>(
                 other.name
             )));
         }
+        let shared = spec.mac.iter().find(|mac| other.mac.contains(mac));
+        if let (Some(mac), true) = (shared, other.bridge == spec.bridge) {
+            let other = &other.name;
+            return Err(ConfigError(format!(
+                "port {name:?}: mac {mac} is port {other:?}'s already: give each port of a bridge its own addresses"
+            )));
+        }
     }
     let Some(cpus) = worker_cpus else {
         return Ok(());
@@ -422,7 +478,8 @@ mod tests {
     #[test]
     fn reads_a_port_text_with_every_key() {
         let text = "vhost-user:blue,socket=/run/r/blue.sock,mode=server,queues=4,bridge=b1,mtu=9000,hugepages=required,\
-                    socket-mode=0600,socket-owner=1000:2000,peer-uid=1000,workers=2+3";
+                    socket-mode=0600,socket-owner=1000:2000,peer-uid=1000,mac=02:00:00:00:00:01+02:00:00:00:00:02,\
+                    stations=8,moves=10,floods=5000,workers=2+3";
         let spec = parse_port(text, "--port 1").expect("legal");
         let wanted = PortSpec {
             queues: 4,
@@ -435,6 +492,13 @@ mod tests {
                 gid: Some(2000),
             }),
             peer_uid: Some(1000),
+            mac: vec![
+                Mac::from_bytes([2, 0, 0, 0, 0, 1]),
+                Mac::from_bytes([2, 0, 0, 0, 0, 2]),
+            ],
+            stations: 8,
+            moves: 10,
+            floods: 5000,
             workers: vec![2, 3],
             ..PortSpec::vhost_user("blue", "/run/r/blue.sock")
         };

@@ -26,7 +26,8 @@ use super::state::{self, Counters, PortSpec};
 use super::status::{received, sent};
 use crate::dataplane::clock::tsc;
 use crate::dataplane::counters::{QueueCounters, WorkerCounters};
-use crate::dataplane::fdb::{Fdb, FdbSettings, Flush};
+use crate::dataplane::fdb::{Fdb, FdbSettings, Flush, Key};
+use crate::dataplane::guard::{Guard, Rate};
 use crate::dataplane::mailbox::{self, Mailbox, QueueId};
 use crate::dataplane::port_set::{Domain, Exit, PORTS_MAX, PortId, Topology};
 use crate::dataplane::queue::TxQueue;
@@ -91,6 +92,8 @@ pub(super) struct Port {
     pub(super) connects: u64,
     pub(super) poison: Option<Arc<Poison>>,
     pub(super) session: Option<Arc<Session>>,
+    /// Its limits, if it has any.
+    pub(super) guard: Option<Arc<Guard>>,
     /// Files its guest's memory is made of.
     pub(super) files: Vec<FileId>,
 }
@@ -211,7 +214,25 @@ impl Switch {
 
     fn start_port(&self, spec: &PortSpec) -> Result<(), Refusal> {
         let id = lock(&self.state).enter(spec, &self.workers)?;
-        let generation = lock(&self.state).port(id).map_or(0, |port| port.generation);
+        let here = lock(&self.state)
+            .port(id)
+            .map(|port| (port.domain, port.generation));
+        let (domain, generation) = here.unwrap_or_default();
+        for mac in &spec.mac {
+            // Nobody else can have been given it for good: that was checked before.
+            if let Err(error) = self
+                .shared
+                .fdb
+                .add_static(Key::new(domain, *mac), id, generation)
+            {
+                self.shared.fdb.flush(Flush::Gone(id));
+                lock(&self.state).leave(id);
+                return Err(Refusal::Conflict(format!(
+                    "port {:?}: mac {mac}: {error}",
+                    spec.name
+                )));
+            }
+        }
         let handle = Arc::new(Handle {
             switch: self.me.clone(),
             id,
@@ -225,6 +246,7 @@ impl Switch {
                 Ok(())
             }
             Err(error) => {
+                self.shared.fdb.flush(Flush::Gone(id));
                 lock(&self.state).leave(id);
                 Err(Refusal::Conflict(error.to_string()))
             }
@@ -447,6 +469,7 @@ impl State {
             connects: 0,
             poison: None,
             session: None,
+            guard: guard(spec),
             files: Vec::new(),
         });
         Ok(id)
@@ -458,6 +481,19 @@ impl State {
             self.departed += &port.counters();
         }
     }
+}
+
+/// What the workers watch for, if the operator wants anything watched.
+fn guard(spec: &PortSpec) -> Option<Arc<Guard>> {
+    let wanted = !spec.mac.is_empty() || spec.stations + spec.moves + spec.floods > 0;
+    wanted.then(|| {
+        Arc::new(Guard {
+            macs: spec.mac.clone().into(),
+            stations: spec.stations,
+            moves: Rate::new(spec.moves),
+            floods: Rate::new(spec.floods),
+        })
+    })
 }
 
 /// The worker for a queue pair: the one asked for, or the next in turn.

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::dataplane::eth::Mac;
+
 /// The bridge of a port that names none.
 pub const DEFAULT_BRIDGE: &str = "default";
 /// Largest `mtu` a port may have: what a 16-bit length can say.
@@ -60,6 +62,19 @@ pub struct PortSpec {
     /// The only user whose processes may have the port; none: whoever can reach the socket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer_uid: Option<u32>,
+    /// The only addresses that may be behind the port, and nowhere else in its bridge; empty: any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(value_type = Vec<String>)]
+    pub mac: Vec<Mac>,
+    /// Stations that may be learnt at the port at one time; 0: any number.
+    #[serde(default, skip_serializing_if = "none")]
+    pub stations: u32,
+    /// Stations of other ports that may move to this one, per second; 0: any number.
+    #[serde(default, skip_serializing_if = "none")]
+    pub moves: u32,
+    /// Frames per second that the port may flood (broadcast, multicast, unknown destination); 0: any number.
+    #[serde(default, skip_serializing_if = "none")]
+    pub floods: u32,
     /// CPUs of the workers that poll this port, queue pair by queue pair, in turn; empty: Ringway chooses.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub workers: Vec<usize>,
@@ -82,6 +97,10 @@ impl PortSpec {
             socket_mode: None,
             socket_owner: None,
             peer_uid: None,
+            mac: Vec::new(),
+            stations: 0,
+            moves: 0,
+            floods: 0,
             workers: Vec::new(),
         }
     }
@@ -103,6 +122,11 @@ impl PortSpec {
 
 fn is_empty(path: &Path) -> bool {
     path.as_os_str().is_empty()
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+fn none(limit: &u32) -> bool {
+    *limit == 0
 }
 
 fn one() -> u16 {

@@ -38,6 +38,14 @@ reasons! {
     SourceMulticast = "source_multicast",
     /// The destination is one of 01:80:c2:00:00:00 to 0f, which bridges do not forward (IEEE 802.1Q §8.6.3).
     ReservedMac = "reserved_mac",
+    /// The source is a station that belongs to another port, by `mac` or as a static one.
+    Spoofed = "spoofed",
+    /// The source is one station more than may be behind the port.
+    StationLimit = "station_limit",
+    /// The source was behind another port, and too many have moved in this second.
+    MoveLimit = "move_limit",
+    /// To be flooded, and too many were in this second.
+    FloodLimit = "flood_limit",
     /// The destination is behind the port the frame came from.
     Hairpin = "hairpin",
     /// Flooded, and no other port of its bridge is there.

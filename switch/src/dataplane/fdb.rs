@@ -225,6 +225,33 @@ impl Fdb {
         }
     }
 
+    /// The same if it is known there, else nothing and false.
+    #[inline]
+    pub fn heard_again(
+        &self,
+        key: Key,
+        hash: Hash,
+        port: PortId,
+        generation: u16,
+        now: u32,
+    ) -> bool {
+        let home = &self.buckets[self.home(hash)];
+        let place = u32::from(generation) << 16 | u32::from(port.0);
+        match home.probe(key.0) {
+            Probe::Hit(seen) if seen.station == place => {
+                refresh(home, seen.slot, now);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Stations learnt from a port.
+    pub fn stations_of(&self, port: PortId) -> u32 {
+        let share = self.shares.get(usize::from(port.0));
+        share.map_or(0, |share| share.stations.load(Relaxed))
+    }
+
     /// Adds a static station, or makes a known one static. A port's static stations go with it ([`Flush::Gone`]).
     pub fn add_static(&self, key: Key, port: PortId, generation: u16) -> Result<(), StaticError> {
         if key.mac().is_zero() || key.mac().is_multicast() {

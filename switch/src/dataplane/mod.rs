@@ -5,6 +5,7 @@ pub mod counters;
 pub mod eth;
 pub mod fdb;
 pub mod frame;
+pub mod guard;
 pub mod mailbox;
 pub mod port_set;
 pub mod queue;

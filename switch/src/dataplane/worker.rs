@@ -12,8 +12,9 @@ use std::time::Duration;
 use super::clock::tsc;
 use super::counters::{QueueCounters, Reason, WorkerCounters};
 use super::eth;
-use super::fdb::{Fdb, Key};
+use super::fdb::{Fdb, Hash, Key, Learned, Station};
 use super::frame::{BURST_MAX, Burst, Head, Slots};
+use super::guard::Guard;
 use super::mailbox::{Letter, QueueId, Slot};
 use super::port_set::{Domain, PortId, Topology};
 use super::queue::RxQueue;
@@ -45,6 +46,8 @@ pub struct Source {
     pub generation: u16,
     /// The queue's counters, shared with control.
     pub counters: Arc<QueueCounters>,
+    /// The port's limits, if it has any.
+    pub guard: Option<Arc<Guard>>,
 }
 
 /// How a worker sleeps. The implementation calls the kernel, so it lives with the ports.
@@ -248,6 +251,12 @@ impl Worker {
         let targets = self.topology.flood(rx.domain);
         let done = within_budget(floods, targets.len(), burst.count());
         let taken = u64::MAX >> (BURST_MAX - done);
+        let floods = match &rx.guard {
+            Some(guard) if floods & taken != 0 => {
+                way.limit(guard, floods & taken, &mut self.verdicts)
+            }
+            _ => floods,
+        };
 
         // 3. Send, once per egress port.
         match one {
@@ -378,7 +387,12 @@ impl Way<'_> {
             return DROP | Reason::SourceMulticast as u32;
         }
         let key = Key::new(rx.domain, from);
-        fdb.learn(key, fdb.hash(key), rx.id.port, rx.generation, now);
+        let hash = fdb.hash(key);
+        if !fdb.heard_again(key, hash, rx.id.port, rx.generation, now)
+            && let Some(reason) = self.newcomer(key, hash, rx, now)
+        {
+            return DROP | reason as u32;
+        }
         if to.is_multicast() {
             return if eth::is_reserved(to) {
                 DROP | Reason::ReservedMac as u32
@@ -399,6 +413,48 @@ impl Way<'_> {
             Some(_) if !station.is_static => FLOOD,
             _ => DROP | Reason::PortDown as u32,
         }
+    }
+
+    /// Learns a station that is not known to be here, if it may be.
+    #[cold]
+    #[inline(never)]
+    fn newcomer(&self, key: Key, hash: Hash, rx: &Source, now: u32) -> Option<Reason> {
+        let (fdb, port) = (&self.shared.fdb, rx.id.port);
+        if let Some(guard) = &rx.guard {
+            let seen = fdb.lookup(key, hash);
+            let here = |seen: &Station| seen.port == port && seen.generation == rx.generation;
+            if !seen.as_ref().is_some_and(here) {
+                let (elsewhere, stations) = (seen.is_some(), fdb.stations_of(port));
+                if let Some(reason) = guard.refuses(key.mac(), elsewhere, stations, now) {
+                    return Some(reason);
+                }
+            }
+        }
+        match fdb.learn(key, hash, port, rx.generation, now) {
+            Learned::Static => Some(Reason::Spoofed),
+            _ => None,
+        }
+    }
+
+    /// Takes from `floods` the frames beyond what the port may flood, and drops them; returns the rest.
+    #[cold]
+    #[inline(never)]
+    fn limit(&self, guard: &Guard, floods: u64, verdicts: &mut [Verdict; BURST_MAX]) -> u64 {
+        let now = self.shared.seconds.load(Relaxed);
+        let mut granted = guard.floods.take(floods.count_ones(), now);
+        let mut kept = 0;
+        for (index, verdict) in verdicts.iter_mut().enumerate() {
+            if floods >> index & 1 == 0 {
+                continue;
+            }
+            if granted > 0 {
+                granted -= 1;
+                kept |= 1 << index;
+            } else {
+                *verdict = DROP | Reason::FloodLimit as u32;
+            }
+        }
+        kept
     }
 
     /// Sends the frames in `picks` to their verdicts: one call per egress port, one count per drop reason.
