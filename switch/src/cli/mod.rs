@@ -5,6 +5,7 @@ mod client;
 mod demo;
 mod doctor;
 mod fdb;
+mod nic;
 mod port;
 mod reload;
 mod run;
@@ -81,6 +82,9 @@ enum Command {
     Stats(stats::StatsArgs),
     /// Load the configuration file again and do only the difference.
     Reload(reload::ReloadArgs),
+    /// Network cards: make VFs, hand them to VFIO, give them back.
+    #[command(subcommand)]
+    Nic(nic::NicCommand),
     /// Check this host and say what could be better, and how.
     Doctor(doctor::DoctorArgs),
     /// Show versions of this program and of the running switch.
@@ -117,6 +121,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Fdb(command) => fdb::run(command, &common.client(), output)?,
         Command::Stats(args) => stats::run(args, &common.client(), output)?,
         Command::Reload(args) => reload::run(args, &common.client(), output)?,
+        Command::Nic(command) => nic::run(command, output)?,
         Command::Doctor(args) => return doctor::run(args, &common.client(), output),
         Command::Version => version::run(&common.client(), output)?,
     }

@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod fuzz;
 mod keys;
 pub mod metrics;
+pub mod nic;
 mod operate;
 mod operator;
 mod peer_cred;
