@@ -162,3 +162,105 @@ fn a_newer_linux_behind_an_iommu_takes_the_model_for_a_real_vf() -> Result<()> {
     require!(vf::available());
     linux_on(Kernel::New, true)
 }
+
+/// A guest whose first VF is bound to vfio-pci, behind an IOMMU, with our responder on it; the second has the kernel's driver.
+fn our_driver_on(kernel: Kernel, model: &Model) -> Result<RunningGuest> {
+    let machine = Machine {
+        iommu: true,
+        modules: vec!["vfio", "net"],
+        programs: vec![vf::binary("vf-responder")?],
+        script: "mkfifo /tmp/in\nsleep 100000 >/tmp/in &".to_owned(),
+        ..Machine::new(kernel, model, 2)
+    };
+    let mut guest = machine.boot()?;
+    guest.command(
+        "vf=$(basename $(readlink -f /sys/class/net/eth0/device)); d=/sys/bus/pci/devices/$vf; \
+         echo $vf >$d/driver/unbind; echo vfio-pci >$d/driver_override; echo $vf >/sys/bus/pci/drivers_probe; \
+         ls -l $d/driver | grep vfio-pci",
+        COMMAND,
+    )?;
+    guest.command(
+        "ip addr add 10.0.0.2/24 dev eth1 && ip link set eth1 up && \
+         for i in $(seq 100); do grep -q 1 /sys/class/net/eth1/carrier && break; sleep 0.1; done",
+        COMMAND,
+    )?;
+    start_responder(&mut guest)?;
+    Ok(guest)
+}
+
+fn start_responder(guest: &mut RunningGuest) -> Result<()> {
+    guest.command(
+        "vf-responder $vf 10.0.0.1 </tmp/in >/tmp/out 2>&1 & sleep 0.1; \
+         for i in $(seq 100); do grep -q ready /tmp/out && break; sleep 0.1; done; cat /tmp/out; grep -q ready /tmp/out",
+        COMMAND,
+    )?;
+    Ok(())
+}
+
+/// Says something to the responder and waits for what it answers.
+fn tell(guest: &mut RunningGuest, command: &str, answer: &str) -> Result<String> {
+    let line = format!(
+        "echo {command} >/tmp/in; for i in $(seq 100); do grep -q '{answer}' /tmp/out && break; sleep 0.1; done; cat /tmp/out; grep -q '{answer}' /tmp/out"
+    );
+    guest.command(&line, COMMAND)
+}
+
+fn ping_responder(guest: &mut RunningGuest, size: u32, count: u32) -> Result<()> {
+    let text = guest.command(
+        &format!("ping -c {count} -i 0.2 -W 10 -s {size} 10.0.0.1"),
+        COMMAND,
+    )?;
+    ensure!(
+        text.contains(&format!("{count} packets received")),
+        "{text}"
+    );
+    Ok(())
+}
+
+/// Our driver over the kernel's VFIO and an IOMMU, its peer the kernel's ixgbevf: pings, a reset, a crash, memory taken away.
+fn our_driver_lives_on(kernel: Kernel) -> Result<()> {
+    let mut model = two_vfs()?;
+    let mut guest = our_driver_on(kernel, &model)?;
+    for size in [56, 1400] {
+        ping_responder(&mut guest, size, 10)?;
+    }
+    let text = tell(&mut guest, "show", "received")?;
+    let seen = model.seen(0)?;
+    let same = format!("received {} sent {}", seen.rx_frames, seen.tx_frames);
+    ensure!(text.contains(&same), "device: {same}; driver: {text}");
+    tell(&mut guest, "reset", "restarted")?;
+    ping_responder(&mut guest, 56, 5)?;
+    // A crash leaves rings and mappings; the next one starts from a reset.
+    guest.command(
+        "kill -9 $(pidof vf-responder); sleep 0.5; ! pidof vf-responder",
+        COMMAND,
+    )?;
+    start_responder(&mut guest)?;
+    ping_responder(&mut guest, 1400, 5)?;
+    model.assert_clean(2)?;
+    // Memory that was taken back is out of the device's reach: the next frame is a fault, and no more than one.
+    tell(&mut guest, "unmap", "unmapped")?;
+    guest.command("ping -c 3 -i 0.2 -W 1 10.0.0.1; true", COMMAND)?;
+    let seen = model.seen(0)?;
+    ensure!(
+        seen.faults == 1 && seen.misuses == 0,
+        "{}",
+        model.command("show")?
+    );
+    ensure!(model.seen(1)?.faults == 0);
+    Ok(())
+}
+
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn our_driver_lives_on_debian_12_with_vfio_and_an_iommu() -> Result<()> {
+    require!(vf::available());
+    our_driver_lives_on(Kernel::Old)
+}
+
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn our_driver_lives_on_a_newer_linux_with_vfio_and_an_iommu() -> Result<()> {
+    require!(vf::available());
+    our_driver_lives_on(Kernel::New)
+}

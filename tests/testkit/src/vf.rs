@@ -87,7 +87,10 @@ impl Model {
     /// Serves a VF per policy (`mac=..,trust`, may be empty) with these further arguments.
     pub fn start(policies: &[&str], arguments: &[&str]) -> Result<Model> {
         let dir = tempfile::Builder::new().prefix("vf-").tempdir()?;
-        let mut command = vec![binary()?.display().to_string(), "serve".to_owned()];
+        let mut command = vec![
+            binary("vf-model")?.display().to_string(),
+            "serve".to_owned(),
+        ];
         for (vf, policy) in policies.iter().enumerate() {
             let comma = if policy.is_empty() { "" } else { "," };
             let path = dir.path().join(format!("vf{vf}"));
@@ -165,9 +168,9 @@ impl Model {
     }
 }
 
-/// The release build of `vf-model`, else the debug build.
-fn binary() -> Result<PathBuf> {
-    let built = ["release", "debug"].map(|profile| target_dir().join(profile).join("vf-model"));
+/// The release build of a program of the model's package, else the debug build.
+pub fn binary(name: &str) -> Result<PathBuf> {
+    let built = ["release", "debug"].map(|profile| target_dir().join(profile).join(name));
     let found = built.iter().find(|path| path.is_file());
     found.cloned().with_context(|| {
         format!(

@@ -175,6 +175,16 @@ impl Dma {
         whole
     }
 
+    /// A mapping reaches into the range without lying in it: only a part of it would go.
+    pub(crate) fn cuts(&self, iova: u64, len: u64) -> bool {
+        let end = iova.saturating_add(len);
+        let reaches = |at: u64| {
+            let map = self.maps.range(..at).next_back();
+            map.is_some_and(|(start, map)| start + map.len > at)
+        };
+        reaches(iova) || reaches(end)
+    }
+
     /// Takes everything back.
     pub fn clear(&mut self) {
         self.maps.clear();
@@ -334,6 +344,8 @@ mod tests {
         assert!(dma.read(0, &mut [0; 8]).is_ok());
         assert!(dma.write(0, &[0; 8]).is_err());
         assert!(!dma.unmap(0, 4096), "half of a mapping cannot go");
+        assert!(dma.cuts(0, 4096) && dma.cuts(4096, 1 << 40));
+        assert!(!dma.cuts(0, 8192) && !dma.cuts(8192, 1 << 40) && !dma.cuts(0, 1 << 40));
         assert!(dma.unmap(0, 8192) && dma.is_empty());
         assert!(dma.read(0, &mut [0; 1]).is_err());
         assert!(dma.read(u64::MAX - 2, &mut [0; 8]).is_err());

@@ -184,6 +184,17 @@ impl Nic {
         done
     }
 
+    /// Takes back whatever is mapped in a range. A hypervisor whose guest changes IOMMU domains does that with the whole address
+    /// space, piece by piece, whether anything is there or not; only cutting a mapping in two is wrong.
+    pub fn unmap_range(&self, vf: usize, iova: u64, len: u64) {
+        let mut state = self.lock();
+        if state.vfs[vf].dma.cuts(iova, len) {
+            state.vfs[vf].report.misuse(Misuse::Unmap { iova, len });
+        } else {
+            state.vfs[vf].dma.unmap(iova, len);
+        }
+    }
+
     /// Takes all memory of a VF back.
     pub fn unmap_all(&self, vf: usize) {
         self.lock().vfs[vf].dma.clear();

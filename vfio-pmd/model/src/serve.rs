@@ -252,7 +252,7 @@ impl ServerBackend for Backend {
         if flags.contains(DmaUnmapFlags::UNMAP_ALL) {
             self.nic.unmap_all(self.vf);
         } else {
-            self.nic.unmap(self.vf, address, size);
+            self.nic.unmap_range(self.vf, address, size);
         }
         Ok(())
     }
