@@ -64,8 +64,8 @@
 //! 14. **No host preparation**: memfd memory, no hugepages, no root; those only make it faster. `ringway doctor` says what would.
 //! 15. **Everything a port needs to go on is plain data** ([`control::port_state`]), so that ports can later outlive the process.
 //! 16. **The process gives up what it does not need** before its first thread starts: capabilities, files, system calls
-//!     ([`control::sandbox`]). A filter costs a worker nothing it can measure: the kernel answers calls that are allowed
-//!     whatever their arguments from a bitmap.
+//!     ([`control::sandbox`]). The one call of a worker under load, io_submit, is allowed whatever its arguments, so that the
+//!     kernel answers from a bitmap and runs no filter.
 //!
 //! # Deliberately absent
 //!
