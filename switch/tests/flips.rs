@@ -154,8 +154,8 @@ impl Rig {
                 // Every buffer a table of one to three, in the last quarter of the memory.
                 let table = BUFFERS + 600_000 + slot * 64;
                 let entry = BUFFERS + any % 600_000;
-                let tail =
-                    one_of(&[212, 100, 0, 3000]) | (any & 1023) / 1023 << 32 | (any % 3) << 48;
+                let (goes_on, next) = (u64::from(any & 1023 == 1023), any % 3);
+                let tail = one_of(&[212, 100, 0, 3000]) | (goes_on << 32) | (next << 48);
                 self.mem.write(table + any % 3 * 16, &entry.to_le_bytes());
                 self.mem
                     .write(table + any % 3 * 16 + 8, &tail.to_le_bytes());

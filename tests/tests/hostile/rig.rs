@@ -311,7 +311,9 @@ impl Rig {
         ensure!(switch.process().pid() == self.pid, "another process");
         let said = switch.process().output();
         ensure!(!said.contains("panicked"), "the switch said:\n{said}");
-        switch.stop()?;
+        // How quickly is asked elsewhere (`lifecycle.rs`, h88), alone.
+        let (status, _) = switch.process().terminate(PATIENCE)?;
+        ensure!(status.success(), "the switch left with {status}");
         Ok(seen)
     }
 }
