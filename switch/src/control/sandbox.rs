@@ -77,6 +77,7 @@ pub fn enter(mode: Mode, socket_dirs: Vec<PathBuf>, readable: &[PathBuf]) -> &'s
             log::warn!("THE SANDBOX IS OFF: no seccomp, no Landlock, every capability kept. For debugging only");
             return sandbox;
         }
+        kernel::one_heap();
         let mut missing = Vec::new();
         let mut tell = |what: &str, done: Result<(), String>| {
             let failed = done.err().map(|why| format!("{what}: {why}"));

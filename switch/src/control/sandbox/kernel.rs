@@ -1,5 +1,5 @@
-//! Two system calls as the sandbox needs them and no crate makes them.
-#![allow(unsafe_code)] // seccomp(2) with SPEC_ALLOW, and the version of Landlock
+//! What the sandbox needs of kernel and C library and no crate has.
+#![allow(unsafe_code)] // seccomp(2) with SPEC_ALLOW, the version of Landlock, mallopt(3)
 
 use std::io;
 
@@ -15,6 +15,16 @@ pub fn landlock_abi() -> Option<u32> {
     let version =
         unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, attributes, 0usize, flags) };
     u32::try_from(version).ok().filter(|version| *version > 0)
+}
+
+/// One heap for all threads. glibc gives threads heaps of their own and, when the end of such a heap is freed, reads
+/// /proc/sys/vm/overcommit_memory: an `openat` for which a worker's filter kills the process.
+pub(super) fn one_heap() {
+    // SAFETY: mallopt takes two numbers; there is one thread yet.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
 }
 
 /// `linux/filter.h`
