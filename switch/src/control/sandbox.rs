@@ -7,10 +7,9 @@
 //! 3. **Landlock** (Linux 5.13): files are read where the switch reads, sockets made where ports have theirs, and no TCP.
 //! 4. **seccomp**: the calls in `sandbox/x86_64.json`, a list that tests keep exact. Workers have a far shorter one.
 //!
-//! A call that only an intruder makes (`execve`, `ptrace` ...) kills the process, and so does every unlisted call of a worker:
-//! its list is short, and each of its calls is exercised by tests. An unlisted call of any other thread is answered ENOSYS: the C
-//! library knows what to do without a call that is newer than the list, while a switch that dies of a new C library takes
-//! every container's network with it.
+//! A call that only an intruder makes (`execve`, `ptrace` ...) kills the process. Any other unlisted call is answered ENOSYS: the C
+//! library knows what to do without a call that is newer than the list, while a switch that dies of a new C library, or of a
+//! heap that shrinks in an unusual moment, takes every container's network with it.
 //!
 //! Threads inherit all of it, so [`enter`] is called on the main thread while it is the only one.
 

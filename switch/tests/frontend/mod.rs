@@ -403,6 +403,14 @@ pub fn open_fds() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
+/// What this process has open, as `/proc/self/fd` names it.
+pub fn open_files() -> Vec<String> {
+    let open = std::fs::read_dir("/proc/self/fd").unwrap();
+    open.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
+        .map(|file| file.to_string_lossy().into_owned())
+        .collect()
+}
+
 pub fn exists(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
 }

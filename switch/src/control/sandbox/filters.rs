@@ -38,7 +38,9 @@ fn compile(mode: Mode) -> Result<BpfMap, String> {
     let mut lists: serde_json::Value =
         serde_json::from_str(lists).map_err(|error| error.to_string())?;
     if mode == Mode::Strict {
-        lists["control"]["mismatch_action"] = "kill_process".into();
+        for list in ["control", "worker"] {
+            lists[list]["mismatch_action"] = "kill_process".into();
+        }
     }
     let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(|error| error.to_string())?;
     compile_from_json(lists.to_string().as_bytes(), arch).map_err(|error| error.to_string())

@@ -18,7 +18,7 @@ pub fn landlock_abi() -> Option<u32> {
 }
 
 /// One heap for all threads. glibc gives threads heaps of their own and, when the end of such a heap is freed, reads
-/// /proc/sys/vm/overcommit_memory: an `openat` for which a worker's filter kills the process.
+/// /proc/sys/vm/overcommit_memory: an `openat` that a worker's filter refuses.
 pub(super) fn one_heap() {
     // SAFETY: mallopt takes two numbers; there is one thread yet.
     #[cfg(target_env = "gnu")]
