@@ -45,9 +45,11 @@ impl Workers {
     /// One turn of every ring: what the guest sends it also gets.
     fn turn(&self) {
         let mut rings = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // A guest has no rings of a wire.
         let Rings {
             from_guest,
             to_guest,
+            ..
         } = &mut *rings;
         let mut slots = Slots::new();
         for (_, queue) in from_guest {
