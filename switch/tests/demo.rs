@@ -36,21 +36,32 @@ fn number(value: &Value) -> u64 {
         .unwrap_or_else(|| panic!("{value} is no number"))
 }
 
+/// A demo with more than a thousand frames in all its parts: for 0.6 s, or longer if this machine has no time for it.
+fn busy(line: &str) -> Value {
+    for seconds in ["0.6", "4", "20"] {
+        let said = summary(&format!("--seconds {seconds} {line}"));
+        let all = !said["load"].is_null() && !said["one_at_a_time"].is_null();
+        if all && number(&said["received"]) > 1000 {
+            return said;
+        }
+    }
+    panic!("{line}: no thousand frames in 20 s");
+}
+
 #[test]
 fn every_frame_comes_unchanged_or_is_counted() {
     for line in [
-        "--seconds 0.6",
-        "--seconds 0.6 --packed",
-        "--seconds 0.6 --ports 5 --frame-size 1518",
-        "--seconds 0.6 --ports 64",
-        "--seconds 0.6 --frame-size 9000 --packed",
-        "--seconds 0.6 --frame-size 65535",
+        "",
+        "--packed",
+        "--ports 5 --frame-size 1518",
+        "--ports 64",
+        "--frame-size 9000 --packed",
+        "--frame-size 65535",
     ] {
-        let said = summary(line);
+        let said = busy(line);
         for nothing in ["corrupted", "duplicated", "reordered", "foreign"] {
             assert_eq!(number(&said[nothing]), 0, "{line}: {nothing} in {said}");
         }
-        assert!(number(&said["received"]) > 1000, "{line}: {said}");
         let books = &said["books"];
         let [received, replicated, sent, dropped] =
             ["received", "replicated", "sent", "dropped"].map(|part| number(&books[part]));
