@@ -257,6 +257,22 @@ fn what_must_not_be_forwarded_is_dropped_under_its_name() {
 }
 
 #[test]
+fn a_runt_teaches_nothing() {
+    let rig = Rig::new(&[0, 0, 0], 1000);
+    let station = [2, 0, 0, 0, 0, 0];
+    rig.send(1, [frame(BROADCAST, station, b"")]);
+    rig.settle();
+    // Cut within its source, whose missing end would be zeros.
+    let runt = frame(BROADCAST, [2, 0, 0, 0, 0, 9], b"")[..11].to_vec();
+    rig.send(2, [runt, frame(BROADCAST, mac(3), b"")]);
+    rig.settle();
+    rig.received(1);
+    rig.send(0, [frame(station, mac(1), b"to you")]);
+    assert_eq!(rig.received(1), [frame(station, mac(1), b"to you")]);
+    assert_eq!(rig.dropped(2, Reason::Runt), 1);
+}
+
+#[test]
 fn a_flood_without_receivers_and_a_full_receiver_are_counted() {
     let alone = Rig::new(&[0], 10);
     alone.send(0, [frame(BROADCAST, mac(1), b"")]);

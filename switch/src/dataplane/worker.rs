@@ -362,14 +362,15 @@ impl Way<'_> {
         let mut floods = 0u64;
         let mut memo: Option<(&Head, Verdict)> = None;
         for (index, head) in heads.iter().enumerate() {
-            let verdict = match memo {
-                Some((same, verdict)) if eth::same_stations(head, same) => verdict,
-                _ => self.look_up(head, rx, now),
-            };
-            memo = Some((head, verdict));
+            // What stands behind a runt's end is not its own: nothing is learnt from it.
             let verdict = if burst.frame_len(index) < eth::HEADER_LEN {
                 DROP | burst.fault(index).unwrap_or(Reason::Runt) as u32
             } else {
+                let verdict = match memo {
+                    Some((same, verdict)) if eth::same_stations(head, same) => verdict,
+                    _ => self.look_up(head, rx, now),
+                };
+                memo = Some((head, verdict));
                 verdict
             };
             floods |= u64::from(verdict == FLOOD) << index;

@@ -249,7 +249,7 @@ impl Rig {
         x.add_port("")?;
         attack(&mut x)?;
         self.serves_the_honest(&x)
-            .context("an honest guest after the attacker")?;
+            .with_context(|| format!("an honest guest after the attacker; {}", self.state()))?;
         api::del_port(&self.api, &x.port)?;
         self.innocents
             .wait_more(BESIDE)
@@ -267,7 +267,12 @@ impl Rig {
             return "the API does not answer any more".to_owned();
         };
         let dropped: Vec<String> = (after.ports.iter())
-            .map(|(name, counters)| format!("{name}: {:?}", counters.dropped))
+            .map(|(name, counters)| {
+                format!(
+                    "{name}: {} received {} sent {:?}",
+                    counters.received, counters.sent, counters.dropped
+                )
+            })
             .collect();
         let (turns, total) = (turns(&after) - turns(&before), &after.total);
         format!("{turns} turns in 0.1 s; {total:?}; {}", dropped.join(", "))
@@ -279,9 +284,9 @@ impl Rig {
         let queues = &mut honest.queues;
         let hello = frame(friend_mac(), x.mac(), x.port.as_bytes());
         let mut friend = lock(&self.friend);
-        reach(queues, &mut friend.queues, &hello)?;
+        reach(queues, &mut friend.queues, &hello).context("to the friend")?;
         let answer = frame(x.mac(), friend_mac(), x.port.as_bytes());
-        reach(&mut friend.queues, queues, &answer)
+        reach(&mut friend.queues, queues, &answer).context("from the friend")
     }
 
     /// Frames of the innocents so far.
