@@ -243,26 +243,23 @@ impl Sender {
     #[inline]
     fn now(&mut self, tx: &mut Tx, most: u64) -> u64 {
         let stamp = tsc();
-        let Self {
-            streams,
-            turns,
-            turn,
-            lengths,
-            salt,
-            ..
-        } = self;
-        let sent = tx.send(most as usize, |slot| {
-            let stream = next(streams, turns, turn);
-            stream.fill(slot, lengths.of(slot.index()), *salt, stamp)
-        }) as u64;
-        self.sent += sent;
-        sent
+        self.stamped(tx, most, || stamp)
     }
 
     /// Sends frames that are stamped with the time they were due: what they had to wait for is part of their latency.
     #[inline]
     fn scheduled(&mut self, tx: &mut Tx, most: u64) -> u64 {
         let (mut number, start, interval) = (self.sent, self.start, self.interval);
+        self.stamped(tx, most, || {
+            let stamp = start + ((number * interval) >> FRACTION);
+            number += 1;
+            stamp
+        })
+    }
+
+    /// Sends frames of the streams in turn, each with the next `stamp`.
+    #[inline]
+    fn stamped(&mut self, tx: &mut Tx, most: u64, mut stamp: impl FnMut() -> u64) -> u64 {
         let Self {
             streams,
             turns,
@@ -272,10 +269,8 @@ impl Sender {
             ..
         } = self;
         let sent = tx.send(most as usize, |slot| {
-            let stamp = start + ((number * interval) >> FRACTION);
-            number += 1;
             let stream = next(streams, turns, turn);
-            stream.fill(slot, lengths.of(slot.index()), *salt, stamp)
+            stream.fill(slot, lengths.of(slot.index()), *salt, stamp())
         }) as u64;
         self.sent += sent;
         sent
