@@ -1,11 +1,15 @@
 //! The soak: attackers of all kinds, guests that come and go, ports that are made and unmade and a configuration that is told
 //! again, for as long as one likes, while the innocents must not lose a frame. `tests/run --soak MINUTES` runs it.
 
-use std::sync::Arc;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
+use ringway::control::config::Config;
+use ringway::control::cpu::HostCpus;
+use ringway::control::state::{PortState, StatsReport};
 
 use super::rig::{Case, Rig, SOAK, alone};
 use super::usage::{Usage, wait_back_at};
@@ -15,8 +19,13 @@ use super::{api, descriptors, frames, headers, lifecycle, memory, rings, sockets
 const TIME: &str = "HOSTILE_SOAK_SECONDS";
 /// Attackers at the same time.
 const ATTACKERS: u64 = 3;
-/// What the switch may hold while they are at it: some 20 descriptors a port, a session and a guest's mappings each.
-const FDS_MAX: usize = 400;
+/// What the switch may hold while they are at it: some 20 descriptors a port, a session and a guest's mappings each; at most 64
+/// guests at once ([`lifecycle::h92_sixty_four_come_at_once_and_go_at_once`]), with two threads each.
+const FDS_MAX: usize = 2000;
+const GUEST_MAPS_MAX: usize = 1000;
+const THREADS_MAX: usize = 300;
+/// KiB a guest may have locked, times as many.
+const LOCKED_MAX: u64 = 16 << 20;
 /// KiB of its own memory that the allocator may have taken from one minute to the last.
 const RSS_MAX: u64 = 4096;
 
@@ -94,8 +103,13 @@ const ATTACKS: &[fn() -> Result<()>] = &[
 #[derive(Default)]
 struct Done {
     attacks: AtomicU64,
+    /// Ports that came and went, and stations written into the table.
+    changes: AtomicU64,
+    /// Whole configurations.
     reloads: AtomicU64,
     over: AtomicBool,
+    /// A configuration names every port: while one is told, nobody else makes or unmakes any.
+    ports: RwLock<()>,
 }
 
 /// Attacks one after the other, each with a seed nobody had before.
@@ -106,6 +120,7 @@ fn attack(rig: &Arc<Rig>, first: u64, done: &Done) -> Result<()> {
             .wrapping_mul(0x5851_f42d_4c95_7f2d)
             .wrapping_add(0x1405_7b7e_f767_814f);
         let attack = ATTACKS[(seed >> 33) as usize % ATTACKS.len()];
+        let _ports = done.ports.read().unwrap_or_else(PoisonError::into_inner);
         SOAK.set(Some((rig.clone(), seed >> 20)));
         let ended = attack();
         SOAK.set(None);
@@ -115,48 +130,120 @@ fn attack(rig: &Arc<Rig>, first: u64, done: &Done) -> Result<()> {
     Ok(())
 }
 
-/// Changes the configuration all the time: the age of stations, and a port that comes and goes.
+/// Changes something all the time: a port that comes and goes, a static station, every ten seconds the whole configuration.
 fn reconfigure(rig: &Rig, done: &Done) -> Result<()> {
     let socket = rig.dir.join("extra.sock");
+    let spec = format!("vhost-user:extra,socket={},bridge=other", socket.display());
+    let fixed = r#"{"mac":"02:00:00:00:ee:01","port":"extra"}"#;
+    let mut told = Instant::now();
     while !done.over.load(Ordering::Relaxed) {
-        let spec = format!("vhost-user:extra,socket={},bridge=other", socket.display());
-        api::add_port(&rig.api, &spec)?;
-        api::ask(&rig.api, "GET", "/metrics", "")?;
-        api::ask(&rig.api, "GET", "/v1/fdb?limit=10", "")?;
-        std::thread::sleep(Duration::from_millis(50));
-        api::del_port(&rig.api, "extra")?;
-        done.reloads.fetch_add(1, Ordering::Relaxed);
+        {
+            let _ports = done.ports.read().unwrap_or_else(PoisonError::into_inner);
+            api::add_port(&rig.api, &spec)?;
+            api::ask(&rig.api, "POST", "/v1/fdb", fixed)?;
+            api::ask(&rig.api, "GET", "/metrics", "")?;
+            api::ask(&rig.api, "GET", "/v1/fdb?limit=10", "")?;
+            std::thread::sleep(Duration::from_millis(50));
+            api::del_port(&rig.api, "extra")?;
+            done.changes.fetch_add(1, Ordering::Relaxed);
+        }
+        if told.elapsed() > Duration::from_secs(10) {
+            tell_again(rig, done)?;
+            told = Instant::now();
+        }
     }
     Ok(())
 }
 
-/// Each second: the innocents move, and the switch holds no more than it may.
+/// The same configuration with another age of stations and one port more, and then without it: nobody who is in both is touched.
+fn tell_again(rig: &Rig, done: &Done) -> Result<()> {
+    let _ports = done.ports.write().unwrap_or_else(PoisonError::into_inner);
+    let host = HostCpus::read(Path::new("/"));
+    let config = Config::load(&rig.dir.join("ringway.toml"), &host)?;
+    let mut other = config.clone();
+    other.fdb.age += 1 + done.reloads.load(Ordering::Relaxed) as u32 % 2;
+    let mut port = testkit::ringway::server_port("told");
+    port.socket = rig.dir.join("told.sock");
+    other.ports.push(port);
+    for config in [other, config] {
+        let body = serde_json::json!({ "toml": config.to_toml(), "name": "soak" });
+        api::ask(&rig.api, "POST", "/v1/reload", &body.to_string())?;
+    }
+    done.reloads.fetch_add(1, Ordering::Relaxed);
+    Ok(())
+}
+
+/// What must hold at any second.
+fn holds(rig: &Rig, settled: Option<&Usage>, before: &StatsReport) -> Result<(Usage, StatsReport)> {
+    // 1. The innocents move, and have lost nothing: their thread ends with the first frame that is missing, doubled or damaged.
+    rig.innocents().wait_more(1)?;
+    // 2. Nobody has put them out, and no frame of theirs was dropped.
+    let stats = api::stats(&rig.api)?;
+    for name in ["a", "b", "c", "d"] {
+        let port = api::port(&rig.api, name)?;
+        ensure!(
+            port.state == PortState::Forwarding && port.counters.dropped_total() == 0,
+            "the innocents' port {name} is {}, dropped {:?}",
+            port.state,
+            port.counters.dropped
+        );
+    }
+    // 3. The books: read while frames move, so no more may be open than have moved meanwhile; at the end they balance exactly.
+    let (total, last) = (&stats.total, &before.total);
+    let (entered, left) = (
+        total.received + total.replicated,
+        total.sent + total.dropped_total(),
+    );
+    let moved = (total.received + total.replicated).checked_sub(last.received + last.replicated);
+    let moved = moved.context("a counter went back")?;
+    ensure!(
+        total.sent >= last.sent && total.dropped_total() >= last.dropped_total(),
+        "a counter went back: {last:?}, then {total:?}"
+    );
+    ensure!(
+        entered.abs_diff(left) <= moved + 100_000,
+        "{} frames in no book: {total:?}",
+        entered.abs_diff(left)
+    );
+    // 4. The switch is there and holds no more than it may.
+    let usage = Usage::of(rig.pid)?;
+    ensure!(
+        usage.fds < FDS_MAX
+            && usage.guest_maps < GUEST_MAPS_MAX
+            && usage.threads < THREADS_MAX
+            && usage.locked < LOCKED_MAX,
+        "{usage}"
+    );
+    if let Some(settled) = settled {
+        ensure!(
+            usage.rss < settled.rss + RSS_MAX,
+            "{usage}; at first {settled}"
+        );
+    }
+    Ok((usage, stats))
+}
+
+/// Each second: everything that must hold does.
 fn watch(rig: &Rig, seconds: u64, done: &Done) -> Result<()> {
     let (began, mut settled) = (Instant::now(), None::<Usage>);
+    let mut stats = api::stats(&rig.api)?;
     for second in 1..=seconds {
         let frames = rig.innocents().frames();
         let due = Duration::from_secs(second);
         while began.elapsed() < due && !done.over.load(Ordering::Relaxed) {
             std::thread::sleep(Duration::from_millis(20));
         }
-        rig.innocents().wait_more(1)?;
-        let usage = Usage::of(rig.pid)?;
-        ensure!(usage.fds < FDS_MAX, "{usage}");
+        let (usage, now) = holds(rig, settled.as_ref(), &stats)?;
+        stats = now;
         // A minute, or a fifth of the time, to reach what so many attackers at once take.
         if second == (seconds / 5).clamp(1, 60) {
             settled = Some(usage);
         }
-        if let Some(settled) = settled {
-            ensure!(
-                usage.rss < settled.rss + RSS_MAX,
-                "{usage}; at first {settled}"
-            );
-        }
-        let stats = api::stats(&rig.api)?;
         if second % 10 == 0 {
             println!(
-                "{second} s: {} attacks, {} reconfigurations, {} frames of the innocents ({} in the last second), {usage}, {} received, {} dropped",
+                "{second} s: {} attacks, {} changes, {} configurations, {} frames of the innocents ({} in the last second), {usage}, {} received, {} dropped",
                 done.attacks.load(Ordering::Relaxed),
+                done.changes.load(Ordering::Relaxed),
                 done.reloads.load(Ordering::Relaxed),
                 rig.innocents().frames(),
                 rig.innocents().frames() - frames,
@@ -195,7 +282,7 @@ fn soak_everything_at_once() -> Result<()> {
         .and_then(|seed| seed.parse().ok());
     let first: u64 = first.unwrap_or_else(|| u64::from(std::process::id()));
     println!("soak of {seconds} s, first seed {first}");
-    std::thread::scope(|scope| -> Result<()> {
+    let ended = std::thread::scope(|scope| -> Result<()> {
         let (rig, done) = (&rig, &done);
         let mut hands: Vec<_> = (0..ATTACKERS)
             .map(|n| scope.spawn(move || to_the_end(done, || attack(rig, first + (n << 48), done))))
@@ -207,20 +294,26 @@ fn soak_everything_at_once() -> Result<()> {
             .into_iter()
             .try_for_each(|hand| hand.join().map_err(|_| anyhow!("a panic"))?)?;
         watched
-    })?;
+    });
     let limit = Usage {
         rss: before.rss + RSS_MAX,
         maps: before.maps + 400,
         ..before
     };
-    let after = wait_back_at(rig.pid, &limit)?;
+    let after = ended.and_then(|()| wait_back_at(rig.pid, &limit));
     let visits = rig.visits();
-    let rig = Arc::into_inner(rig).context("the last one")?;
-    let seen = rig.end()?;
+    let seen = Arc::into_inner(rig).context("the last one")?.end();
+    let (after, seen) = match (after, seen) {
+        (Ok(after), seen) => (after, seen?),
+        // Why the innocents stood still is what they say themselves.
+        (Err(first), Err(more)) => return Err(first.context(format!("{more:#}"))),
+        (Err(first), Ok(_)) => return Err(first),
+    };
     println!(
-        "soak: {seconds} s, {} attacks ({visits} ports made and unmade), {} reconfigurations, {} frames of the innocents, 0 lost; \
-         longest gap {:.1} ms; before: {before}; after: {after}",
+        "soak: {seconds} s, {} attacks ({visits} ports made, attacked, given to an honest guest and unmade), {} changes, {} configurations, \
+         {} frames of the innocents, 0 lost; longest gap {:.1} ms; before: {before}; after: {after}",
         done.attacks.load(Ordering::Relaxed),
+        done.changes.load(Ordering::Relaxed),
         done.reloads.load(Ordering::Relaxed),
         seen.frames,
         seen.gap,
