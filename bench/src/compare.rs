@@ -14,6 +14,7 @@ use crate::interrupt::Interrupted;
 use crate::output;
 use crate::peers::{self, Peer};
 use crate::process::{Priority, find, pin};
+use crate::report::{self, Output};
 use crate::rows;
 use crate::sample::{Rig, Sample, Wanted};
 use crate::sentinel::tsc_hz;
@@ -78,9 +79,8 @@ pub(crate) struct Compare {
     /// The vpp binary: VPP joins the comparison
     #[arg(long, value_name = "PATH")]
     vpp: Option<PathBuf>,
-    /// Write every sample and the summary as JSON
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
     /// Write the tables as Markdown
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
@@ -108,7 +108,6 @@ pub(crate) struct Report {
     pub(crate) seconds: f64,
     /// Whether all rounds were measured.
     pub(crate) complete: bool,
-    pub(crate) rows: Vec<&'static str>,
     pub(crate) peers: Vec<Version>,
     /// What was left out, and why.
     pub(crate) left_out: Vec<String>,
@@ -132,6 +131,10 @@ pub(crate) fn run(options: &Compare) -> Result<()> {
         }
         return Ok(());
     }
+    options.output.check()?;
+    if let Some(path) = &options.markdown {
+        report::check_place(path)?;
+    }
     let rows = rows::parse(&options.rows)?;
     let rig_directory = tempfile::Builder::new()
         .prefix("rwb")
@@ -153,7 +156,6 @@ pub(crate) fn run(options: &Compare) -> Result<()> {
         rounds: options.rounds,
         seconds: options.seconds,
         complete: true,
-        rows: rows.iter().map(|row| row.name).collect(),
         peers: Vec::new(),
         left_out,
         failures: Vec::new(),
@@ -182,12 +184,13 @@ pub(crate) fn run(options: &Compare) -> Result<()> {
 
 /// Prints and writes what there is; a run that measured nothing at all is an error.
 fn finish(options: &Compare, report: &Report) -> Result<()> {
-    print!("{}", output::text(report));
-    if let Some(path) = &options.json {
-        output::saved(report).write(path)?;
+    let saved = output::saved(report);
+    if !options.output.quiet() {
+        print!("{}", report::text(&saved));
     }
+    options.output.write(&saved)?;
     if let Some(path) = &options.markdown {
-        std::fs::write(path, output::markdown(report))
+        std::fs::write(path, report::markdown(&saved))
             .with_context(|| path.display().to_string())?;
     }
     if report.samples.is_empty() {

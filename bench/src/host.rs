@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 /// The machine.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Host {
+    /// What it calls itself; runs saved by older versions do not tell.
+    #[serde(default)]
+    pub(crate) name: String,
     pub(crate) cpu: String,
     pub(crate) cpus: usize,
     /// Cycles per frame are cycles of this clock.
@@ -24,6 +27,10 @@ impl Host {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
         Self {
+            name: fs::read_to_string("/proc/sys/kernel/hostname")
+                .unwrap_or_default()
+                .trim()
+                .to_owned(),
             cpu: after(&cpuinfo, "model name")
                 .trim_start_matches([' ', '\t', ':'])
                 .to_owned(),

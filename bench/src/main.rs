@@ -6,13 +6,12 @@ mod compare;
 mod console;
 mod host;
 mod interrupt;
-#[allow(dead_code, reason = "its further users follow")]
 mod load;
 mod output;
 mod peers;
 mod process;
 mod reference;
-#[allow(dead_code, reason = "its further users follow")]
+mod report;
 mod results;
 mod rfc2544;
 mod rfc2889;
@@ -38,7 +37,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Mode {
-    Compare(compare::Compare),
+    Compare(Box<compare::Compare>),
     Load(Box<load::LoadArgs>),
     Latency(Box<rfc2544::LatencyArgs>),
     Rfc2544(Box<rfc2544::Rfc2544>),
@@ -49,6 +48,7 @@ enum Mode {
     Attach(Box<scenario::attach::AttachArgs>),
     Outage(Box<scenario::outage::OutageArgs>),
     Footprint(Box<scenario::footprint::FootprintArgs>),
+    Report(report::ReportArgs),
     Reference(reference::Reference),
     #[command(hide = true)]
     Backend(backend::Serve),
@@ -70,6 +70,7 @@ fn main() -> ExitCode {
         Mode::Attach(options) => scenario::attach::run(options),
         Mode::Outage(options) => scenario::outage::run(options),
         Mode::Footprint(options) => scenario::footprint::run(options),
+        Mode::Report(options) => report::run(options),
         Mode::Reference(options) => reference::run(options),
         Mode::Backend(options) => backend::run(options),
         Mode::Sentinel(options) => watch::run(options),

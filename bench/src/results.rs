@@ -6,7 +6,11 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use hdrhistogram::Histogram;
+use hdrhistogram::serialization::{Deserializer, Serializer, V2DeflateSerializer};
 use serde::{Deserialize, Serialize};
 
 use crate::host::Host;
@@ -119,6 +123,9 @@ pub(crate) struct Throughput {
 /// One sample of a rate.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Sample {
+    /// In which round of visits.
+    #[serde(default)]
+    pub(crate) round: u32,
     /// Million frames per second.
     pub(crate) mpps: f64,
     pub(crate) placement: Placement,
@@ -170,6 +177,9 @@ pub(crate) struct Load {
     /// TSC cycles per frame of the generator, its idle turns not counted, and its busy share.
     pub(crate) generator_cycles: f64,
     pub(crate) generator_busy: f64,
+    /// Of each port: the longest time without a frame between two frames, nanoseconds.
+    #[serde(default)]
+    pub(crate) gaps_ns: Vec<f64>,
     pub(crate) placement: Option<Placement>,
     /// Why it ended early.
     pub(crate) partial: Option<String>,
@@ -194,6 +204,38 @@ pub(crate) struct Distribution {
     pub(crate) max: f64,
     /// The cumulative distribution: nanoseconds, and the share of all that took no longer.
     pub(crate) cdf: Vec<[f64; 2]>,
+    /// All of it.
+    #[serde(default)]
+    pub(crate) histogram: Option<Serialized>,
+}
+
+/// A whole histogram, as the HdrHistogram libraries of all languages read it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Serialized {
+    /// Nanoseconds per unit of its values.
+    pub(crate) ns_per_unit: f64,
+    /// HdrHistogram's V2 encoding, deflated, in base64.
+    pub(crate) v2_deflate: String,
+}
+
+impl Serialized {
+    /// Packs a histogram.
+    pub(crate) fn new(histogram: &Histogram<u64>, ns_per_unit: f64) -> Option<Self> {
+        let mut bytes = Vec::new();
+        V2DeflateSerializer::new()
+            .serialize(histogram, &mut bytes)
+            .ok()?;
+        Some(Self {
+            ns_per_unit,
+            v2_deflate: BASE64.encode(bytes),
+        })
+    }
+
+    /// Unpacks it; none if it is damaged.
+    pub(crate) fn histogram(&self) -> Option<Histogram<u64>> {
+        let bytes = BASE64.decode(&self.v2_deflate).ok()?;
+        Deserializer::new().deserialize(&mut bytes.as_slice()).ok()
+    }
 }
 
 /// How long frames took at one rate.
@@ -410,17 +452,38 @@ impl Saved {
         self.measurements.extend(other.measurements);
     }
 
-    /// Reads one back.
+    /// Reads one back; `-` is standard input.
     pub(crate) fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-        let saved: Self = serde_json::from_str(&text)
-            .with_context(|| format!("{}: not a run of ringway-bench", path.display()))?;
+        let name = path.display();
+        let text = if path.as_os_str() == "-" {
+            std::io::read_to_string(std::io::stdin())
+        } else {
+            std::fs::read_to_string(path)
+        };
+        let text = text.map_err(|error| {
+            anyhow!("{name}: cannot be read ({error}): name a file that --json FILE wrote")
+        })?;
+        let head: Head = serde_json::from_str(&text).map_err(|error| {
+            anyhow!("{name}: not a saved run of ringway-bench ({error}): save one with --json FILE")
+        })?;
         ensure!(
-            saved.format == FORMAT,
-            "{}: format {}, this ringway-bench reads {FORMAT}",
-            path.display(),
-            saved.format
+            head.format <= FORMAT,
+            "{name}: saved by a newer ringway-bench ({}, format {}; this one is {} and reads {FORMAT}): use that one, or measure again",
+            head.version,
+            head.format,
+            env!("CARGO_PKG_VERSION"),
         );
-        Ok(saved)
+        serde_json::from_str(&text).map_err(|error| {
+            anyhow!(
+                "{name}: a damaged run of ringway-bench ({error}): measure again, with --json FILE"
+            )
+        })
     }
+}
+
+/// What every format has.
+#[derive(Deserialize)]
+struct Head {
+    format: u32,
+    version: String,
 }

@@ -1,7 +1,5 @@
 //! `ringway-bench rfc2889`: the parts of RFC 2889 that apply to a switch whose ports are rings.
 
-use std::path::PathBuf;
-
 use anyhow::{Result, ensure};
 
 use crate::interrupt;
@@ -14,6 +12,7 @@ use crate::load::sender::Pace;
 use crate::load::stream::FLOWS_MAX;
 use crate::load::target::{self, Session, Target};
 use crate::load::trial::Trial;
+use crate::report::Output;
 use crate::results::{AddressStep, Addresses, Count, HeadOfLine, Measurement, Saved};
 use crate::scenario::{gather, own_switch, with_ports};
 use crate::summary::digits;
@@ -63,9 +62,8 @@ pub(crate) struct Rfc2889 {
     /// Length of a trial
     #[arg(long, default_value_t = 2.0, value_parser = seconds)]
     seconds: f64,
-    /// Write the result as JSON (`-`: to the terminal)
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// Stations that the learning rate is measured with.
@@ -77,7 +75,7 @@ const CALM: f64 = 100_000.0;
 
 /// Runs the subcommand.
 pub(crate) fn run(options: &Rfc2889) -> Result<()> {
-    target::for_each(&options.target, options.json.as_deref(), |target| {
+    target::for_each(&options.target, &options.output, |target| {
         own_switch(target, "rfc2889")?;
         gather(&options.tests, |test| match test {
             Test::HeadOfLine => head_of_line(options, target),
@@ -269,6 +267,7 @@ fn broadcast(options: &Rfc2889, target: &Target) -> Result<(Saved, String)> {
             steps: outcome.steps.clone(),
             generator_cycles: outcome.cycles,
             generator_busy: outcome.busy,
+            gaps_ns: outcome.gaps_ns.clone(),
             placement: session.placement,
             partial: outcome.partial.clone(),
             latencies: vec![outcome.latency("all")],

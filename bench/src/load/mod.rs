@@ -20,6 +20,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::report::Output;
 use crate::results::{Count, Distribution, Load, Measurement, Saved};
 use crate::sentinel::Placement;
 use crate::summary::digits;
@@ -65,9 +66,8 @@ pub(crate) struct LoadArgs {
     /// How long it may send before the measurement begins
     #[arg(long, value_name = "SECONDS", default_value_t = 0.5, value_parser = seconds)]
     warm_up: f64,
-    /// Write the result as JSON (`-`: to the terminal, instead of the table)
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
 }
 
 pub(crate) fn seconds(text: &str) -> Result<f64, String> {
@@ -93,7 +93,7 @@ pub(crate) fn rate(text: &str) -> Result<f64, String> {
 
 /// Runs the subcommand.
 pub(crate) fn run(options: &LoadArgs) -> Result<()> {
-    target::for_each(&options.target, options.json.as_deref(), |target| {
+    target::for_each(&options.target, &options.output, |target| {
         one(options, target)
     })
 }
@@ -130,6 +130,7 @@ fn one(options: &LoadArgs, target: &Target) -> Result<(Saved, String)> {
         steps: outcome.steps.clone(),
         generator_cycles: outcome.cycles,
         generator_busy: outcome.busy,
+        gaps_ns: outcome.gaps_ns.clone(),
         placement: session.placement,
         partial: outcome.partial.clone(),
         latencies,

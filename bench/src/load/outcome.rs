@@ -3,7 +3,7 @@
 use hdrhistogram::Histogram;
 
 use super::sink::Found;
-use crate::results::{Count, Distribution};
+use crate::results::{Count, Distribution, Serialized};
 
 /// What came of it.
 pub(crate) struct Outcome {
@@ -29,11 +29,6 @@ pub(crate) struct Outcome {
 }
 
 impl Outcome {
-    /// Frames offered per second, in millions.
-    pub(crate) fn offered_mpps(&self) -> f64 {
-        self.count.offered as f64 / self.count.seconds.max(1e-9) / 1e6
-    }
-
     /// Frames that were due and that the switch did not take.
     pub(crate) fn refused(&self) -> u64 {
         self.count.offered - self.count.sent
@@ -110,6 +105,11 @@ pub(crate) fn distribution(name: &str, cycles: &Histogram<u64>, tsc_hz: f64) -> 
         p9999: quantile(0.9999),
         max: ns(cycles.max() as f64),
         cdf,
+        histogram: if count > 0 {
+            Serialized::new(cycles, 1e9 / tsc_hz)
+        } else {
+            None
+        },
     }
 }
 

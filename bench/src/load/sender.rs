@@ -33,10 +33,6 @@ impl Lengths {
         self.0.iter().copied().max().unwrap_or(64)
     }
 
-    pub(crate) fn mean(&self) -> f64 {
-        self.0.iter().map(|&len| f64::from(len)).sum::<f64>() / self.0.len() as f64
-    }
-
     /// The only length there is.
     pub(crate) fn only(&self) -> Option<u16> {
         (self.0.len() == 1).then(|| self.0[0])
@@ -59,6 +55,7 @@ pub(crate) enum Pace {
     /// Open loop: so many TSC cycles from one frame of a sender to its next.
     Every(f64),
     /// As fast as the ring takes them: so many frames of each sender, then silence.
+    #[cfg_attr(not(test), allow(dead_code, reason = "tests count known frames"))]
     Burst(u64),
     /// As fast as the ring takes them, all the time.
     Flood,

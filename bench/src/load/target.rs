@@ -1,6 +1,6 @@
 //! What is measured: sockets that somebody else serves, or a switch that the harness starts itself.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -17,6 +17,7 @@ use crate::host::{Host, hugepages_hint};
 use crate::interrupt::{self, Interrupted};
 use crate::peers::{self, Place, Setup, Switch, Work};
 use crate::process::{Priority, cpus, pin};
+use crate::report::Output;
 use crate::results::{FORMAT, Saved, Version};
 use crate::sentinel::{Placement, look};
 
@@ -282,20 +283,20 @@ impl Session {
     }
 }
 
-/// Does `work` for each of the target's switches; it returns what it found, and a text for people. Prints, and writes JSON.
+/// Does `work` for each of the target's switches; it returns what it found, and a text for people. Prints, and writes what `output` asks for.
 pub(crate) fn for_each(
     target: &Target,
-    json: Option<&Path>,
+    output: &Output,
     mut work: impl FnMut(&Target) -> Result<(Saved, String)>,
 ) -> Result<()> {
+    output.check()?;
     let targets = target.each();
-    let quiet = json.is_some_and(|path| path.as_os_str() == "-");
     let mut all: Option<Saved> = None;
     let mut failed = None;
     for one in &targets {
         match work(one) {
             Ok((saved, text)) => {
-                if !quiet {
+                if !output.quiet() {
                     print!("{text}");
                     saved
                         .caveats
@@ -326,12 +327,7 @@ pub(crate) fn for_each(
         all.complete = false;
         all.caveats.push(format!("{name} failed: {error:#}"));
     }
-    match json {
-        Some(_) if quiet => println!("{}", serde_json::to_string_pretty(&all)?),
-        Some(path) => all.write(path)?,
-        None => {}
-    }
-    Ok(())
+    output.write(&all)
 }
 
 /// An empty run on this machine.

@@ -5,7 +5,6 @@
 
 mod search;
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
@@ -18,6 +17,7 @@ use crate::load::sender::{Lengths, Pace};
 use crate::load::target::{self, Session, Target};
 use crate::load::trial::Trial;
 use crate::load::{placement_name, rate, seconds, times};
+use crate::report::Output;
 use crate::results::{BackToBack, Latency, LossCurve, Measurement, Saved, Step, Work};
 use crate::summary::digits;
 use search::{Search, find};
@@ -75,9 +75,8 @@ pub(crate) struct Rfc2544 {
     /// Do not search: the throughput is this, in frames/s
     #[arg(long, value_name = "FRAMES/S", value_parser = rate)]
     throughput: Option<f64>,
-    /// Write the result as JSON (`-`: to the terminal, instead of the tables)
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// Measures how long frames take (RFC 2544 §26.2): with one frame in flight, and at 10, 50 and 90 per cent of the throughput,
@@ -100,7 +99,7 @@ pub(crate) fn run(options: &Rfc2544) -> Result<()> {
     if options.resolution <= 0.0 {
         bail!("--resolution: must be more than 0");
     }
-    target::for_each(&options.target, options.json.as_deref(), |target| {
+    target::for_each(&options.target, &options.output, |target| {
         one(options, target)
     })
 }

@@ -1,6 +1,5 @@
 //! `ringway-bench attach`: from connecting a container to its first frame.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -16,6 +15,7 @@ use crate::load::sink::ANNOUNCEMENTS;
 use crate::load::stream::{Stream, Target as To};
 use crate::load::target::{self, Session, Target};
 use crate::load::times;
+use crate::report::Output;
 use crate::results::{Attach, Measurement, Saved};
 
 /// Measures how long a container takes from connecting to its first frame, for the first of many and for the last.
@@ -30,9 +30,8 @@ pub(crate) struct AttachArgs {
     /// Numbers of containers
     #[arg(long, value_name = "NUMBER,...", value_delimiter = ',', default_value = "1,64,256", value_parser = clap::value_parser!(u16).range(1..=4000))]
     counts: Vec<u16>,
-    /// Write the result as JSON (`-`: to the terminal)
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// A container that has no frame after this has not attached.
@@ -40,7 +39,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Runs the subcommand.
 pub(crate) fn run(options: &AttachArgs) -> Result<()> {
-    target::for_each(&options.target, options.json.as_deref(), |target| {
+    target::for_each(&options.target, &options.output, |target| {
         own_switch(target, "attach")?;
         gather(&options.counts, |&count| {
             one(options, target, usize::from(count))

@@ -1,7 +1,5 @@
 //! `ringway-bench chain`: frames through several containers one after the other, as service chains have them.
 
-use std::path::PathBuf;
-
 use anyhow::{Result, ensure};
 
 use super::{gather, with_ports};
@@ -11,6 +9,7 @@ use crate::load::sender::Pace;
 use crate::load::target::{self, Session, Target};
 use crate::load::trial::Trial;
 use crate::load::{faults, placement_name, seconds, times};
+use crate::report::Output;
 use crate::results::{Chain, Measurement, Saved};
 use crate::summary::digits;
 
@@ -34,14 +33,13 @@ pub(crate) struct ChainArgs {
     /// How long, for each length
     #[arg(long, default_value_t = 2.0, value_parser = seconds)]
     seconds: f64,
-    /// Write the result as JSON (`-`: to the terminal)
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// Runs the subcommand.
 pub(crate) fn run(options: &ChainArgs) -> Result<()> {
-    target::for_each(&options.target, options.json.as_deref(), |target| {
+    target::for_each(&options.target, &options.output, |target| {
         gather(&options.lengths, |&length| {
             one(options, target, usize::from(length))
         })

@@ -1,6 +1,5 @@
 //! `ringway-bench footprint`: memory and CPU of a switch whose containers are silent.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -11,6 +10,7 @@ use crate::load::frames::Frames;
 use crate::load::frontends::Frontends;
 use crate::load::seconds;
 use crate::load::target::{self, Session, Target};
+use crate::report::Output;
 use crate::results::{Footprint, Measurement, Saved};
 
 /// Measures memory, CPU time and threads of a switch that has containers and nothing to do.
@@ -24,9 +24,8 @@ pub(crate) struct FootprintArgs {
     /// How long to watch
     #[arg(long, default_value_t = 3.0, value_parser = seconds)]
     seconds: f64,
-    /// Write the result as JSON (`-`: to the terminal)
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// A switch may still be busy with its containers' arrival.
@@ -34,7 +33,7 @@ const SETTLE: Duration = Duration::from_secs(1);
 
 /// Runs the subcommand.
 pub(crate) fn run(options: &FootprintArgs) -> Result<()> {
-    target::for_each(&options.target, options.json.as_deref(), |target| {
+    target::for_each(&options.target, &options.output, |target| {
         own_switch(target, "footprint")?;
         one(options, target)
     })

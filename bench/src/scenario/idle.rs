@@ -1,7 +1,5 @@
 //! `ringway-bench idle-ports`: what connected, silent containers cost the two that work.
 
-use std::path::PathBuf;
-
 use anyhow::{Context, Result};
 
 use super::{gather, own_switch, room_for, with_ports};
@@ -12,6 +10,7 @@ use crate::load::sender::Pace;
 use crate::load::target::{self, Session, Target};
 use crate::load::trial::Trial;
 use crate::load::{placement_name, seconds};
+use crate::report::Output;
 use crate::results::{IdlePorts, Measurement, Saved};
 use crate::summary::digits;
 
@@ -30,14 +29,13 @@ pub(crate) struct IdleArgs {
     /// How long, for each number
     #[arg(long, default_value_t = 2.0, value_parser = seconds)]
     seconds: f64,
-    /// Write the result as JSON (`-`: to the terminal)
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// Runs the subcommand.
 pub(crate) fn run(options: &IdleArgs) -> Result<()> {
-    target::for_each(&options.target, options.json.as_deref(), |target| {
+    target::for_each(&options.target, &options.output, |target| {
         own_switch(target, "idle-ports")?;
         // Some switches have room for 32 ports: what was measured before counts.
         gather(&options.counts, |&count| {

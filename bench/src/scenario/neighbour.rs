@@ -1,7 +1,5 @@
 //! `ringway-bench neighbour`: what an innocent pair loses by a container that behaves badly.
 
-use std::path::PathBuf;
-
 use anyhow::{Result, bail};
 
 use super::with_ports;
@@ -13,6 +11,7 @@ use crate::load::sender::Pace;
 use crate::load::target::{self, Session, Target};
 use crate::load::trial::Trial;
 use crate::load::{faults, placement_name, seconds, times};
+use crate::report::Output;
 use crate::results::{Count, Distribution, Measurement, Neighbour, Saved};
 use crate::summary::digits;
 
@@ -35,9 +34,8 @@ pub(crate) struct NeighbourArgs {
     /// The innocents' rate in per cent of what they reach alone in a closed loop
     #[arg(long, value_name = "PERCENT", default_value_t = 30.0)]
     percent: f64,
-    /// Write the result as JSON (`-`: to the terminal)
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// What the third and fourth containers do.
@@ -69,7 +67,7 @@ impl Behaviour {
 
 /// Runs the subcommand.
 pub(crate) fn run(options: &NeighbourArgs) -> Result<()> {
-    target::for_each(&options.target, options.json.as_deref(), |target| {
+    target::for_each(&options.target, &options.output, |target| {
         one(options, target)
     })
 }

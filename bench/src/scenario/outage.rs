@@ -1,6 +1,5 @@
 //! `ringway-bench outage`: the switch is killed and started again (RFC 2544 §26.6, reset; RFC 6201).
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -14,6 +13,7 @@ use crate::load::sender::Pace;
 use crate::load::target::{self, Session, Target};
 use crate::load::trial::Trial;
 use crate::peers::Setup;
+use crate::report::Output;
 use crate::results::{Measurement, Outage, Saved};
 
 /// Kills the switch under traffic (SIGKILL), starts it again, and measures for each container the time without frames (RFC 2544
@@ -32,9 +32,8 @@ pub(crate) struct OutageArgs {
     /// How often
     #[arg(long, value_name = "NUMBER", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     times: u32,
-    /// Write the result as JSON (`-`: to the terminal)
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// A container without a frame after this does not come back.
@@ -42,7 +41,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Runs the subcommand.
 pub(crate) fn run(options: &OutageArgs) -> Result<()> {
-    target::for_each(&options.target, options.json.as_deref(), |target| {
+    target::for_each(&options.target, &options.output, |target| {
         own_switch(target, "outage")?;
         one(options, target)
     })
