@@ -197,6 +197,10 @@ pub struct WorkerStatus {
     pub busy_cycles: u64,
     /// Times it slept (`idle = "adaptive"`).
     pub sleeps: u64,
+    /// Passes over all its queues by their length: entry `n` counts those of 2^n to 2^(n+1) - 1 TSC cycles. For so long nobody else's
+    /// frames were looked at.
+    #[serde(default)]
+    pub passes: Vec<u64>,
     /// Its frames: balanced.
     pub counters: Counters,
 }

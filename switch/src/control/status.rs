@@ -124,6 +124,7 @@ impl Switch {
             cycles: counted.total_cycles.load(Relaxed),
             busy_cycles: counted.busy_cycles.load(Relaxed),
             sleeps: counted.sleeps.load(Relaxed),
+            passes: counted.lengths.iter().map(|n| n.load(Relaxed)).collect(),
             counters: Counters {
                 sent: counted.sent.load(Relaxed),
                 ..received(&counted.received)

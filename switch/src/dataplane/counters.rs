@@ -150,13 +150,25 @@ pub struct WorkerCounters {
     pub bursts: AtomicU64,
     /// Times the worker went to sleep (`idle = "adaptive"`).
     pub sleeps: AtomicU64,
+    /// Passes by their length: entry `n` counts those of 2^n to 2^(n+1) - 1 TSC cycles, the last one all longer ones too.
+    pub lengths: [AtomicU64; LENGTHS],
     /// Frames and bytes taken from receive queues, copies made, and frames dropped on either side.
     pub received: QueueCounters,
     /// Frames handed to receivers.
     pub sent: AtomicU64,
 }
 
+/// Classes of lengths of passes: the last one begins at 2^31 cycles, about a second.
+pub const LENGTHS: usize = 32;
+
 impl WorkerCounters {
+    /// Counts a pass of so many TSC cycles; for its worker alone. Once per pass, whatever the number of frames.
+    #[inline]
+    pub fn count_length(&self, cycles: u64) {
+        let class = (cycles | 1).ilog2() as usize;
+        bump(&self.lengths[class.min(LENGTHS - 1)], 1);
+    }
+
     /// Adds to one of the counters; for their worker alone.
     #[inline]
     pub fn add(counter: &AtomicU64, by: u64) {

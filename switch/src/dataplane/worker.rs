@@ -281,6 +281,7 @@ impl Worker {
         let counters = &*self.counters;
         WorkerCounters::add(&counters.passes, 1);
         WorkerCounters::add(&counters.total_cycles, cycles);
+        counters.count_length(cycles);
         if frames > 0 {
             WorkerCounters::add(&counters.busy_cycles, cycles);
         }
