@@ -9,16 +9,19 @@
 
 mod hostile {
     mod api;
+    mod case;
     mod descriptors;
     mod frames;
     mod headers;
     mod innocents;
     mod lifecycle;
     mod memory;
+    mod quiet;
     mod rig;
     mod rings;
     mod soak;
     mod sockets;
     mod talk;
     mod usage;
+    mod x;
 }

@@ -12,7 +12,7 @@ use rustix::fs::{MemfdFlags, OFlags, memfd_create};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, getpid, getrlimit, pidfd_open, prlimit};
 
-use super::rig::Case;
+use super::case::Case;
 use super::sockets::is_refused;
 use super::talk::{PLAIN, event, message, pair, req, times, whole};
 use super::usage::Usage;

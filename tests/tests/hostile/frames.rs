@@ -7,8 +7,10 @@ use ringway::guest::traffic::Mac;
 use testkit::topology::frame;
 
 use super::api::{self, PATIENCE};
+use super::case::Case;
 use super::innocents::address;
-use super::rig::{Case, Wild, X, friend_mac};
+use super::rig::friend_mac;
+use super::x::{Wild, X};
 
 /// Sends many frames; `each` writes one and says how long it is.
 fn pour(wild: &mut Wild, frames: usize, mut each: impl FnMut() -> Vec<u8>) -> Result<()> {

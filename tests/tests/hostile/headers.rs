@@ -7,7 +7,8 @@ use ringway::guest::{Layout, Options};
 use testkit::topology::frame;
 
 use super::api::PATIENCE;
-use super::rig::{Case, friend_mac};
+use super::case::Case;
+use super::rig::friend_mac;
 use super::rings::{Hand, lay, room};
 
 /// Checksum to complete, any GSO type, lengths beyond the frame: all at the sender's pleasure.

@@ -12,8 +12,9 @@ use ringway::virtio::own_mem::OwnMem;
 use testkit::ringway::{Ringway, server_port};
 
 use super::api::{self, PATIENCE};
-use super::rig::{Case, X};
+use super::case::Case;
 use super::talk::{PLAIN, Talk, event, message, pair, req};
+use super::x::X;
 
 /// A handshake that ends after so many messages.
 fn handshake(x: &X<'_>, steps: u64) -> Result<Talk> {

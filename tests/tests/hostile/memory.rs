@@ -4,16 +4,18 @@ use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use ringway::guest::Options;
 use ringway::guest::messages::{RegionEntry, addresses, mem_table};
+use ringway::guest::{MemoryKind, Options};
 use ringway::virtio::own_mem::OwnMem;
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, fstat, ftruncate, memfd_create};
 
 use super::api::PATIENCE;
-use super::rig::{Case, Wild, X, friend_mac};
+use super::case::Case;
+use super::rig::friend_mac;
 use super::rings::{Hand, LIES};
 use super::sockets::is_refused;
 use super::talk::{event, pair, req, whole};
+use super::x::{Wild, X};
 use testkit::topology::frame;
 
 /// Words of the reasons for which a guest that takes memory away is put out. Zeros of ours in the place of its ring may also look
@@ -254,6 +256,36 @@ pub(super) fn h35_h36_holes_punched_under_rings_and_buffers_stay_the_attackers_o
         })?;
         x.is_kept_or_put_out(&[&MEMORY[..], &LIES[..]].concat())
     })
+}
+
+/// 64 MiB of memory whose pages vanish over and over, while the friend sends to the attacker and the attacker sends.
+fn storm(x: &mut X<'_>, memory: MemoryKind) -> Result<()> {
+    let mut wild = x.attach(Options {
+        ring_size: 1024,
+        receive_buffer: 32 << 10,
+        frame_max: 32 << 10,
+        memory,
+        ..x.options()
+    })?;
+    wild.announce(x)?;
+    let memory = wild.memory()?;
+    meanwhile(x, Duration::from_millis(60), || {
+        burst(&mut wild, x);
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(fallocate(memory.fd(), flags, 0, memory.len())?)
+    })?;
+    x.is_kept_or_put_out(&[&MEMORY[..], &LIES[..]].concat())
+}
+
+#[test]
+pub(super) fn h36_a_storm_of_holes_in_small_pages_stays_the_attackers_own() -> Result<()> {
+    Case::of("H36 4 KiB").run(|x| storm(x, MemoryKind::Memfd))
+}
+
+#[test]
+pub(super) fn h36_a_storm_of_holes_in_hugepages_stays_the_attackers_own() -> Result<()> {
+    testkit::require!(testkit::skip::hugepages(256));
+    Case::of("H36 hugetlb").run(|x| storm(x, MemoryKind::Hugepages))
 }
 
 #[test]

@@ -1,147 +1,30 @@
 //! The rig: a switch with innocent pairs under load, and an attacker on a fresh port for every seed.
 
-use std::cell::RefCell;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use ringway::control::config::{Config, Workers};
-use ringway::control::state::{Idle, PortSpec, PortState, PortStatus, StatsReport};
-use ringway::guest::traffic::{Mac, station};
+use ringway::control::state::{PortSpec, PortState, PortStatus, StatsReport};
+use ringway::guest::traffic::Mac;
 use ringway::guest::{Guest, Layout, Options, QueuePair};
-use ringway::virtio::own_mem::OwnMem;
-use testkit::process::target_dir;
 use testkit::ringway::{Ringway, server_port};
 use testkit::topology::{BROADCAST, frame, last_cpu};
 
 use super::api::{self, PATIENCE};
+use super::case::Case;
 use super::innocents::{Innocent, Innocents, Seen, address};
-use super::talk::Talk;
-use super::usage::{Usage, wait_back_at};
+use super::quiet;
+use super::x::X;
 
-/// Seeds per case unless `HOSTILE_SEEDS` says otherwise.
-const SEEDS: u64 = 20;
 /// Frames that the innocents must move between two attackers' visits.
-const BESIDE: u64 = 200;
+pub(super) const BESIDE: u64 = 200;
 
-/// One case at a time: each has a polling worker, and innocents under load.
-static ALONE: Mutex<()> = Mutex::new(());
-
-thread_local! {
-    /// While set, every case that this thread runs is one visit to this rig, with this seed.
-    pub(super) static SOAK: RefCell<Option<(Arc<Rig>, u64)>> = const { RefCell::new(None) };
-}
-
-/// Nobody else's cases run while this is held.
-pub(super) fn alone() -> MutexGuard<'static, ()> {
-    lock(&ALONE)
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A case of the catalogue.
-pub(super) struct Case {
-    number: &'static str,
-    /// Attackers at the same time.
-    at_once: u64,
-    seeds: u64,
-    /// The attackers' bridge.
-    bridge: &'static str,
-    config: fn(&mut Config),
-}
-
-impl Case {
-    pub(super) fn of(number: &'static str) -> Case {
-        Case {
-            number,
-            at_once: 4,
-            seeds: SEEDS,
-            bridge: "wild",
-            config: |_| (),
-        }
-    }
-
-    /// So many attackers at the same time, each on a port of its own: 4 unless told otherwise.
-    pub(super) fn at_once(mut self, attackers: u64) -> Case {
-        self.at_once = attackers;
-        self
-    }
-
-    /// Fewer seeds, for a case that takes long or has no chance in it.
-    pub(super) fn seeds(mut self, seeds: u64) -> Case {
-        self.seeds = seeds;
-        self
-    }
-
-    /// The attackers are in the innocents' bridge. Else they are not: what others send to an attacker that was put out is
-    /// flooded, in any quantity, and would fill the innocents' rings.
-    pub(super) fn beside(mut self) -> Case {
-        self.bridge = "default";
-        self
-    }
-
-    /// A switch with another configuration.
-    pub(super) fn config(mut self, change: fn(&mut Config)) -> Case {
-        self.config = change;
-        self
-    }
-
-    /// Lets the attack loose once per seed and asks afterwards what it cost.
-    pub(super) fn run(self, attack: impl Fn(&mut X<'_>) -> Result<()> + Sync) -> Result<()> {
-        if let Some((rig, seed)) = SOAK.with_borrow(Clone::clone) {
-            let visit = rig.visit("wild", seed, &attack);
-            return visit.with_context(|| format!("{}: seed {seed}", self.number));
-        }
-        let alone = lock(&ALONE);
-        let began = Instant::now();
-        let rig = Rig::start(&self).with_context(|| format!("{}: start", self.number))?;
-        let before = Usage::of(rig.pid)?;
-        let first = number("HOSTILE_FIRST_SEED").unwrap_or(1);
-        let seeds = number("HOSTILE_SEEDS").unwrap_or(self.seeds);
-        // What the allocator takes for so many attackers at once it may keep.
-        rig.attack(&self, first, self.at_once.min(seeds), &attack)?;
-        let settled = Usage::of(rig.pid)?;
-        rig.attack(&self, first, seeds, &attack)?;
-        let limit = Usage {
-            rss: settled.rss.max(before.rss),
-            maps: settled.maps.max(before.maps),
-            ..before
-        };
-        let after = wait_back_at(rig.pid, &limit).with_context(|| self.number.to_owned())?;
-        let result = rig.end().with_context(|| self.number.to_owned())?;
-        let line = format!(
-            "{}\t{seeds}\t{:.1}\t{}\t{:.0}\t{:.1}\t{after}\n",
-            self.number,
-            began.elapsed().as_secs_f64(),
-            result.frames,
-            result.p99,
-            result.gap,
-        );
-        drop(alone);
-        report(&line)
-    }
-}
-
-/// A number from the environment.
-fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok()?.parse().ok()
-}
-
-/// case, seeds, seconds, innocents' frames, their p99 in microseconds, their longest gap in milliseconds, what the switch holds
-fn report(line: &str) -> Result<()> {
-    let path = target_dir().join("hostile.tsv");
-    let file = std::fs::File::options()
-        .append(true)
-        .create(true)
-        .open(path);
-    file?.write_all(line.as_bytes())?;
-    Ok(())
 }
 
 /// A running switch with its innocents.
@@ -151,14 +34,14 @@ pub(super) struct Rig {
     pub(super) dir: PathBuf,
     pub(super) pid: u32,
     innocents: Innocents,
-    friend: Mutex<Friend>,
+    pub(super) friend: Mutex<Friend>,
     visits: AtomicU64,
 }
 
 /// Somebody in the attackers' bridge who is honest.
-struct Friend {
-    guest: Guest,
-    queues: QueuePair,
+pub(super) struct Friend {
+    pub(super) guest: Guest,
+    pub(super) queues: QueuePair,
 }
 
 /// The friend's address.
@@ -175,7 +58,7 @@ impl Rig {
         });
         let mut config = Config {
             workers: Workers::Cpus(vec![last_cpu()]),
-            idle: Idle::Adaptive,
+            idle: quiet::idle(),
             ports,
             ..Config::default()
         };
@@ -209,7 +92,7 @@ impl Rig {
     }
 
     /// All seeds, as many at once as the case wants.
-    fn attack(
+    pub(super) fn attack(
         &self,
         case: &Case,
         first: u64,
@@ -238,7 +121,7 @@ impl Rig {
     }
 
     /// One attacker, and an honest guest after it.
-    fn visit(
+    pub(super) fn visit(
         &self,
         bridge: &str,
         seed: u64,
@@ -379,7 +262,7 @@ pub(super) fn reach(from: &mut QueuePair, to: &mut QueuePair, bytes: &[u8]) -> R
 }
 
 /// Whether this very frame comes within the time.
-fn comes(queues: &mut QueuePair, bytes: &[u8], within: Duration) -> bool {
+pub(super) fn comes(queues: &mut QueuePair, bytes: &[u8], within: Duration) -> bool {
     let (end, mut found) = (Instant::now() + within, false);
     while !found && Instant::now() < end {
         queues
@@ -388,220 +271,4 @@ fn comes(queues: &mut QueuePair, bytes: &[u8], within: Duration) -> bool {
         std::thread::yield_now();
     }
     found
-}
-
-/// An attacker with a port of its own, and its dice.
-pub(super) struct X<'r> {
-    pub(super) rig: &'r Rig,
-    pub(super) port: String,
-    pub(super) seed: u64,
-    bridge: String,
-    state: u64,
-}
-
-/// An attacker that has attached.
-pub(super) struct Wild {
-    pub(super) guest: Guest,
-    pub(super) queues: QueuePair,
-}
-
-impl<'r> X<'r> {
-    fn new(rig: &'r Rig, port: String, bridge: &str, seed: u64) -> X<'r> {
-        X {
-            rig,
-            port,
-            seed,
-            bridge: bridge.to_owned(),
-            state: seed,
-        }
-    }
-
-    /// Its port, with further keys (`,key=value`).
-    pub(super) fn add_port(&self, more: &str) -> Result<()> {
-        let socket = self.socket().display().to_string();
-        let (port, bridge) = (&self.port, &self.bridge);
-        let spec = format!("vhost-user:{port},socket={socket},bridge={bridge}{more}");
-        api::add_port(&self.rig.api, &spec)
-    }
-
-    /// The port again, with other keys.
-    pub(super) fn port_again(&self, more: &str) -> Result<()> {
-        api::del_port(&self.rig.api, &self.port)?;
-        self.add_port(more)
-    }
-
-    pub(super) fn socket(&self) -> PathBuf {
-        self.rig.dir.join(format!("{}.sock", self.port))
-    }
-
-    /// The address of whoever is at the port.
-    pub(super) fn mac(&self) -> Mac {
-        let number = self.port[1..].parse().unwrap_or(0u32);
-        station(0x20_0000 + number)
-    }
-
-    /// The next of its dice (SplitMix64).
-    pub(super) fn any(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut x = self.state;
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
-    }
-
-    pub(super) fn below(&mut self, limit: u64) -> u64 {
-        self.any() % limit
-    }
-
-    /// One of several.
-    pub(super) fn one_of<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.below(choices.len() as u64) as usize]
-    }
-
-    /// Split and packed, mergeable or not, in order or not, by seed.
-    pub(super) fn options(&self) -> Options {
-        Options {
-            layout: if self.seed & 1 == 0 {
-                Layout::Split
-            } else {
-                Layout::Packed
-            },
-            mergeable: self.seed & 2 == 0,
-            in_order: self.seed & 4 == 0,
-            ..self.plain()
-        }
-    }
-
-    /// A small guest with split rings.
-    pub(super) fn plain(&self) -> Options {
-        Options {
-            ring_size: 256,
-            patience: PATIENCE,
-            ..Options::new(self.socket())
-        }
-    }
-
-    /// Attaches as an honest guest would.
-    pub(super) fn attach(&self, options: Options) -> Result<Wild> {
-        let mut guest = Guest::new(options)?;
-        let mut pairs = guest.attach().context("the attacker, still honest")?;
-        api::wait_port(&self.rig.api, &self.port, "forwarding", |port| {
-            port.state == PortState::Forwarding
-        })?;
-        let queues = pairs.remove(0);
-        Ok(Wild { guest, queues })
-    }
-
-    /// Connects without a word.
-    pub(super) fn connect(&self) -> Result<Talk> {
-        Talk::to(&self.socket())
-    }
-
-    /// The port has put the attacker out, and the reason has one of these words in it.
-    pub(super) fn is_put_out(&self, words: &[&str]) -> Result<()> {
-        let why = api::wait_put_out(&self.rig.api, &self.port)?;
-        ensure!(
-            words.iter().any(|word| why.contains(word)),
-            "the reason is {why:?}, one of {words:?} was expected in it"
-        );
-        Ok(())
-    }
-
-    /// The port forwards still, or has put the attacker out for one of these reasons: which one is a matter of who was faster.
-    pub(super) fn is_kept_or_put_out(&self, words: &[&str]) -> Result<()> {
-        let settled = |port: &PortStatus| {
-            port.state == PortState::Forwarding
-                || port.state != PortState::Connected && port.reason.is_some()
-        };
-        let port = api::wait_port(&self.rig.api, &self.port, "kept or put out", settled)?;
-        let why = port.reason.unwrap_or_default();
-        ensure!(
-            port.state == PortState::Forwarding || words.iter().any(|word| why.contains(word)),
-            "the reason is {why:?}, one of {words:?} was expected in it"
-        );
-        Ok(())
-    }
-
-    /// The port forwards still.
-    pub(super) fn is_kept(&self) -> Result<()> {
-        let port = api::port(&self.rig.api, &self.port)?;
-        ensure!(
-            port.state == PortState::Forwarding,
-            "the port is {}, {:?}",
-            port.state,
-            port.reason
-        );
-        Ok(())
-    }
-
-    /// Frames of the port dropped for this reason so far.
-    pub(super) fn dropped(&self, reason: &str) -> Result<u64> {
-        let port = api::port(&self.rig.api, &self.port)?;
-        Ok(port.counters.dropped.get(reason).copied().unwrap_or(0))
-    }
-
-    /// Waits until so many frames of the port were dropped for this reason.
-    pub(super) fn wait_dropped(&self, reason: &str, frames: u64) -> Result<()> {
-        api::wait_port(&self.rig.api, &self.port, reason, |port| {
-            port.counters.dropped.get(reason).copied().unwrap_or(0) >= frames
-        })?;
-        Ok(())
-    }
-
-    /// The friend sends frames to the attacker.
-    pub(super) fn gets_frames(&self, frames: usize, len: usize) -> Result<()> {
-        let mut bytes = frame(self.mac(), friend_mac(), b"for you");
-        bytes.resize(len.max(60), 0x5a);
-        let mut friend = lock(&self.rig.friend);
-        for _ in 0..frames {
-            send(&mut friend.queues, &bytes)?;
-        }
-        Ok(())
-    }
-
-    /// Runs `act`; after it this very frame must come to the friend, within the time an attacker's frame may take.
-    pub(super) fn friend_gets(&self, bytes: &[u8], act: impl FnOnce() -> Result<()>) -> Result<()> {
-        let mut friend = lock(&self.rig.friend);
-        while friend.queues.rx.receive(|_| ()) > 0 {}
-        act()?;
-        ensure!(
-            comes(&mut friend.queues, bytes, PATIENCE),
-            "the friend does not get the frame"
-        );
-        Ok(())
-    }
-
-    /// Runs `act` with the friend's queues.
-    pub(super) fn with_friend<T>(
-        &self,
-        act: impl FnOnce(&Guest, &mut QueuePair) -> Result<T>,
-    ) -> Result<T> {
-        let mut friend = lock(&self.rig.friend);
-        let Friend { guest, queues } = &mut *friend;
-        while queues.rx.receive(|_| ()) > 0 {}
-        act(guest, queues)
-    }
-
-    /// The innocents have moved many frames more.
-    pub(super) fn innocents_go_on(&self) -> Result<()> {
-        self.rig.innocents.wait_more(BESIDE)
-    }
-}
-
-impl Wild {
-    /// Says who it is, so that the friend's frames find it.
-    pub(super) fn announce(&mut self, x: &X<'_>) -> Result<()> {
-        let hello = frame(friend_mac(), x.mac(), b"an attacker");
-        x.with_friend(|_, friend| reach(&mut self.queues, friend, &hello))
-    }
-
-    /// Speaks over its connection.
-    pub(super) fn talk(&self) -> Result<Talk> {
-        Talk::over(self.guest.link().context("attached")?.stream())
-    }
-
-    /// Its memory.
-    pub(super) fn memory(&self) -> Result<Arc<OwnMem>> {
-        Ok(self.guest.memory().context("attached")?.clone())
-    }
 }

@@ -10,8 +10,10 @@ use ringway::virtio::ring::flag;
 use testkit::topology::frame;
 
 use super::api::PATIENCE;
-use super::rig::{Case, Wild, X, friend_mac};
+use super::case::Case;
+use super::rig::friend_mac;
 use super::talk::{pair, req};
+use super::x::{Wild, X};
 
 /// Words of the reasons for which a guest with a lying ring is put out.
 pub(super) const LIES: [&str; 5] = ["index", "descriptor", "chain", "direction", "indirect"];

@@ -11,7 +11,8 @@ use ringway::control::config::Config;
 use ringway::control::cpu::HostCpus;
 use ringway::control::state::{PortState, StatsReport};
 
-use super::rig::{Case, Rig, SOAK, alone};
+use super::case::{Case, SOAK, alone};
+use super::rig::Rig;
 use super::usage::{Usage, wait_back_at};
 use super::{api, descriptors, frames, headers, lifecycle, memory, rings, sockets};
 

@@ -13,8 +13,9 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 use testkit::process::{Launch, wait_until};
 
 use super::api::{self, PATIENCE};
-use super::rig::{Case, X};
+use super::case::Case;
 use super::talk::{NEED_REPLY, PLAIN, Talk, event, message, pair, req, times};
+use super::x::X;
 
 /// A message is refused: by an answer where the attacker asked for one, else by the end of its visit.
 pub(super) fn is_refused(
