@@ -5,8 +5,8 @@
 
 use std::collections::BTreeSet;
 use std::ffi::CStr;
-use std::fs::File;
-use std::io::{self, Read};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -514,11 +514,7 @@ impl Vf {
             (Some(mac), _) | (None, Some(mac)) => mac,
             // Nobody chose: once random, then always the same.
             (None, None) if self.mac != [0; 6] => self.mac,
-            (None, None) => random_mac().map_err(|source| Error::Io {
-                device: self.transport.name(),
-                what: "a random address",
-                source,
-            })?,
+            (None, None) => random_mac(),
         };
         match self.mailbox.set_mac(wanted) {
             Ok(()) => {}
@@ -652,10 +648,10 @@ fn identify(transport: &dyn Transport) -> Result<()> {
     })
 }
 
-/// A locally administered unicast address.
-fn random_mac() -> io::Result<Mac> {
-    let mut mac = [0; 6];
-    File::open("/dev/urandom")?.read_exact(&mut mac)?;
+/// A locally administered unicast address. What keys hash maps is the kernel's randomness, by a system call: a confined process may
+/// have no file for it.
+fn random_mac() -> Mac {
+    let [mut mac @ .., _, _] = RandomState::new().build_hasher().finish().to_le_bytes();
     mac[0] = mac[0] & !1 | 2;
-    Ok(mac)
+    mac
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use ringway::control::config::{Config, Workers};
 use ringway::control::state::{
-    Counters, Permissions, PortSpec, PortState, PortStatus, SocketMode, StatsReport,
+    Counters, Permissions, PortKind, PortSpec, PortState, PortStatus, SocketMode, StatsReport,
 };
 
 use crate::process::{Launch, Process, run, target_dir, wait_until};
@@ -26,6 +26,7 @@ const SETTLE: Duration = Duration::from_secs(10);
 pub struct Ringway {
     process: Process,
     config: Config,
+    arguments: Vec<String>,
     dir: tempfile::TempDir,
 }
 
@@ -66,18 +67,25 @@ impl Ringway {
     }
 
     /// Starts a switch with this configuration; its `api` is replaced, and relative sockets are meant in its folder.
-    pub fn start_with(mut config: Config) -> Result<Self> {
+    pub fn start_with(config: Config) -> Result<Self> {
+        Self::start_told(config, &[])
+    }
+
+    /// The same, with further arguments of `ringway run`.
+    pub fn start_told(mut config: Config, arguments: &[&str]) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("ringway-").tempdir()?;
         crate::open_to_all(dir.path())?;
         config.api = Some(dir.path().join("api.sock"));
-        for port in &mut config.ports {
+        for port in config.ports.iter_mut().filter(|port| has_socket(port)) {
             port.socket = dir.path().join(&port.socket);
         }
         std::fs::write(dir.path().join("ringway.toml"), config.to_toml())?;
-        let process = launch(dir.path())?;
+        let arguments: Vec<String> = arguments.iter().map(|&word| word.to_owned()).collect();
+        let process = launch(dir.path(), &arguments)?;
         let mut switch = Self {
             process,
             config,
+            arguments,
             dir,
         };
         switch.wait_started()?;
@@ -89,7 +97,7 @@ impl Ringway {
             .config
             .ports
             .iter()
-            .filter(|port| port.mode == SocketMode::Server);
+            .filter(|port| has_socket(port) && port.mode == SocketMode::Server);
         let mut sockets: Vec<PathBuf> = listening.map(|port| port.socket.clone()).collect();
         sockets.push(self.api());
         let process = &mut self.process;
@@ -206,7 +214,7 @@ impl Ringway {
             .config
             .ports
             .iter()
-            .filter(|port| port.mode == SocketMode::Server);
+            .filter(|port| has_socket(port) && port.mode == SocketMode::Server);
         let mut left = listening
             .map(|port| port.socket.clone())
             .chain([self.api()]);
@@ -219,7 +227,7 @@ impl Ringway {
     /// Ends it as a crash would, and starts it again with the same configuration; sockets may be left over.
     pub fn crash_and_restart(&mut self) -> Result<()> {
         self.process.kill();
-        self.process = launch(self.dir.path())?;
+        self.process = launch(self.dir.path(), &self.arguments)?;
         let process = &mut self.process;
         let api = self.dir.path().join("api.sock");
         // The api socket of the dead switch may still be there: ask it.
@@ -264,16 +272,19 @@ pub fn client_port(name: &str) -> PortSpec {
     }
 }
 
-fn launch(dir: &Path) -> Result<Process> {
-    let config = dir.join("ringway.toml");
-    Launch::new(
-        "ringway",
-        [
-            binary()?.as_os_str(),
-            "run".as_ref(),
-            "--config".as_ref(),
-            config.as_os_str(),
-        ],
-    )
-    .start()
+/// An uplink has none.
+fn has_socket(port: &PortSpec) -> bool {
+    port.kind == PortKind::VhostUser
+}
+
+fn launch(dir: &Path, arguments: &[String]) -> Result<Process> {
+    let (binary, config) = (binary()?, dir.join("ringway.toml"));
+    let fixed = [
+        binary.as_os_str(),
+        "run".as_ref(),
+        "--config".as_ref(),
+        config.as_os_str(),
+    ];
+    let all = fixed.into_iter().chain(arguments.iter().map(AsRef::as_ref));
+    Launch::new("ringway", all).start()
 }

@@ -6,6 +6,16 @@ use crate::regs::mailbox::{ACK, PFACK, PFSTS, PFU, REQ, RSTD, RSTI, VFU};
 /// A message as it lies in the mailbox memory.
 pub(crate) type Words = [u32; MAILBOX_WORDS];
 
+/// What a write to VFMAILBOX tells the PF.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Raised {
+    Nothing,
+    /// A message is there.
+    Request,
+    /// Its own message was read.
+    Acknowledgement,
+}
+
 /// The VF's side of the mailbox.
 #[derive(Default)]
 pub(crate) struct Mailbox {
@@ -32,8 +42,8 @@ impl Mailbox {
         std::mem::take(&mut self.once) | held | busy | reset
     }
 
-    /// The VF writes VFMAILBOX; true if that was a request to the PF.
-    pub(crate) fn write(&mut self, value: u32) -> bool {
+    /// The VF writes VFMAILBOX: which interrupt of the PF that raises.
+    pub(crate) fn write(&mut self, value: u32) -> Raised {
         if value & VFU == 0 {
             self.held_by_vf = false;
             self.hand_over();
@@ -42,8 +52,11 @@ impl Mailbox {
         } else {
             self.held_by_vf = true;
         }
-        let _ = value & ACK; // tells the PF that its message was read: nobody waits for that here
-        value & REQ != 0
+        match value {
+            _ if value & REQ != 0 => Raised::Request,
+            _ if value & ACK != 0 => Raised::Acknowledgement,
+            _ => Raised::Nothing,
+        }
     }
 
     /// The PF has read the VF's message.
@@ -105,13 +118,14 @@ mod tests {
     #[test]
     fn the_pf_answers_only_when_the_vf_has_let_go() {
         let mut mailbox = Mailbox::default();
-        assert!(!mailbox.write(VFU));
-        assert!(mailbox.write(VFU | REQ));
+        assert_eq!(mailbox.write(VFU), Raised::Nothing);
+        assert_eq!(mailbox.write(VFU | REQ), Raised::Request);
         mailbox.acknowledge();
         assert!(!mailbox.post(vec![1, 2]));
         assert_eq!(mailbox.read(), VFU | PFACK);
         mailbox.write(0);
         assert_eq!((mailbox.read(), mailbox.memory[1]), (PFSTS, 2));
+        assert_eq!(mailbox.write(ACK), Raised::Acknowledgement);
     }
 
     #[test]

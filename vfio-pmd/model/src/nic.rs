@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::inject::Inject;
+use crate::mailbox::Raised;
 use crate::pf::{Pf, PfPolicy, VfPolicy, VfState};
 use crate::port::{State, soil};
 use crate::regs::*;
@@ -115,9 +116,10 @@ impl Nic {
         let mut state = self.lock();
         let now = self.now(&state);
         match state.vfs[vf].write(offset, value) {
-            Asked::Nothing => {}
+            Asked::Nothing | Asked::Mailbox(Raised::Nothing) => {}
             Asked::Reset => state.reset_vf(vf),
-            Asked::Request => state.request(vf, now),
+            Asked::Mailbox(Raised::Request) => state.request(vf, now),
+            Asked::Mailbox(Raised::Acknowledgement) => state.acknowledged(vf),
             Asked::Transmit(queue) => {
                 if self.pace == Pace::AtOnce {
                     while state.transmit(vf, queue) > 0 {}

@@ -25,7 +25,7 @@ const GET_LINK_STATE: u32 = 0x10;
 const CONTROL: u32 = 0x0100;
 // Flags of word 0.
 const ACK: u32 = 1 << 31;
-const NACK: u32 = 1 << 30;
+pub(crate) const NACK: u32 = 1 << 30;
 const CTS: u32 = 1 << 29;
 
 /// Receive address registers of the port.

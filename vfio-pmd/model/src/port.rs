@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::inject::spend;
 use crate::mailbox::Words;
 use crate::packet::{Offload, be16, finish};
-use crate::pf::{CastMode, Mac, Pf, multicast_hash};
+use crate::pf::{CastMode, Mac, NACK, Pf, multicast_hash};
 use crate::regs::*;
 use crate::report::Exchange;
 use crate::rings::{Delivery, Taken};
@@ -84,6 +84,15 @@ impl State {
         self.vfs[vf].mailbox.acknowledge();
         self.vfs[vf].mailbox.post(words);
         self.vfs[vf].interrupt_mailbox();
+    }
+
+    /// A VF has read the PF's message. Without leave to send it should not even read: Linux's PF refuses again, from which Linux's
+    /// VF learns that it has to start over.
+    pub(crate) fn acknowledged(&mut self, vf: usize) {
+        if self.reset_until.is_none() && !self.pf.vfs[vf].cts {
+            self.vfs[vf].mailbox.post(vec![NACK]);
+            self.vfs[vf].interrupt_mailbox();
+        }
     }
 
     pub(crate) fn ping(&mut self, vf: usize) {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::dma::Dma;
 use crate::inject::Injected;
 use crate::interrupts::Interrupts;
-use crate::mailbox::Mailbox;
+use crate::mailbox::{Mailbox, Raised};
 use crate::packet::Context;
 use crate::regs::*;
 use crate::report::{Drops, Fault, Misuse, Report};
@@ -61,8 +61,8 @@ pub(crate) enum Asked {
     Nothing,
     /// The function was reset.
     Reset,
-    /// The PF has mail.
-    Request,
+    /// The PF is told something about the mailbox.
+    Mailbox(Raised),
     /// This transmit queue has descriptors.
     Transmit(usize),
 }
@@ -152,8 +152,7 @@ impl Vf {
             EIMC => self.interrupts.disable(value),
             EIAC => self.interrupts.auto_clear = value,
             EIAM => self.interrupts.auto_mask = value,
-            MAILBOX if self.mailbox.write(value) => return Asked::Request,
-            MAILBOX => {}
+            MAILBOX => return Asked::Mailbox(self.mailbox.write(value)),
             o if (MBMEM..MBMEM + 4 * MAILBOX_WORDS as u32).contains(&o) => {
                 self.mailbox.memory[((o - MBMEM) / 4) as usize] = value;
             }

@@ -579,6 +579,9 @@ fn a_pf_reset_shows_in_the_mailbox_and_needs_everything_again() {
     assert_eq!(a.ask(&[5, 1518]).map(|words| words[0]), Some(0x100));
     assert_eq!(a.ask(&[5, 1518]).map(|words| words[0]), Some(0x4000_0005));
     assert_eq!(a.read(0x010), 0x7000_0000);
+    // A VF that reads without leave to send is refused once more: from that Linux's learns that it has to start over.
+    a.write(0x2fc, 2);
+    assert_eq!((a.read(0x2fc) & 0x10, a.read(0x200)), (0x10, 0x4000_0000));
     a.agree(1);
 }
 
