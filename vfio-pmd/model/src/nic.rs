@@ -129,23 +129,18 @@ impl Nic {
         state.timers(now);
     }
 
-    /// A tail other than 0 goes straight to its bell; the first descriptors of a queue and its end take the long way.
+    /// The tail of a queue that is on goes straight to its bell; any other takes the long way, which notes the mistake.
     fn ring_bell(&self, vf: usize, offset: u32, value: u32) -> bool {
+        use std::sync::atomic::Ordering::{Relaxed, Release};
         let Some((transmits, queue, TAIL)) = queue_register(offset) else {
             return false;
         };
         let bells = &self.bells[vf];
-        let bell = if transmits {
-            &bells.tx[queue]
-        } else {
-            &bells.rx[queue]
-        };
-        // 0 is where every queue starts: the write that leaves it is checked against the queue's switch, under the lock.
-        if bell.load(std::sync::atomic::Ordering::Relaxed) == 0 {
-            return false;
+        let on = bells.enabled(transmits, queue).load(Relaxed);
+        if on {
+            bells.tail(transmits, queue).store(value, Release);
         }
-        bell.store(value, std::sync::atomic::Ordering::Release);
-        true
+        on
     }
 
     /// Function-level reset, as configuration space or the host asks for it.

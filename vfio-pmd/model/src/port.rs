@@ -278,7 +278,7 @@ pub(crate) fn soil(vf: &mut Vf) {
         vf.set(tx + DCTL, 0x007f_7f7f);
     }
     vf.set(PSRTYPE, 3 << PSRTYPE_RQPL);
-    for bell in vf.bells.rx.iter().chain(&vf.bells.tx) {
+    for bell in vf.bells.all() {
         bell.store(5, std::sync::atomic::Ordering::Relaxed);
     }
 }

@@ -275,7 +275,10 @@ impl Vf {
     pub(crate) fn wants_transmit(&self, queue: usize) -> bool {
         let base = queue_base(true, queue);
         self.runs(true, queue)
-            && self.bells.tx[queue].load(std::sync::atomic::Ordering::Acquire)
+            && self
+                .bells
+                .tail(true, queue)
+                .load(std::sync::atomic::Ordering::Acquire)
                 != self.get(base + HEAD)
     }
 }

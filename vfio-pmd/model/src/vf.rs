@@ -1,7 +1,7 @@
 //! One VF: its registers, rings, mailbox, interrupts and memory.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::dma::Dma;
@@ -12,11 +12,31 @@ use crate::packet::Context;
 use crate::regs::*;
 use crate::report::{Drops, Fault, Misuse, Report};
 
-/// Tail registers, written by the driver without any lock.
+/// Tail registers, written by the driver without any lock; by direction, 1 transmits.
 #[derive(Default)]
 pub(crate) struct Bells {
-    pub(crate) rx: [AtomicU32; QUEUES],
-    pub(crate) tx: [AtomicU32; QUEUES],
+    tails: [[Bell; QUEUES]; 2],
+    /// The queue's switch is on: only then a tail goes straight to its bell.
+    enabled: [[AtomicBool; QUEUES]; 2],
+}
+
+/// On a line of its own: the tail next to it is written by another thread.
+#[derive(Default)]
+#[repr(align(64))]
+struct Bell(AtomicU32);
+
+impl Bells {
+    pub(crate) fn tail(&self, transmits: bool, queue: usize) -> &AtomicU32 {
+        &self.tails[usize::from(transmits)][queue].0
+    }
+
+    pub(crate) fn enabled(&self, transmits: bool, queue: usize) -> &AtomicBool {
+        &self.enabled[usize::from(transmits)][queue]
+    }
+
+    pub(crate) fn all(&self) -> impl Iterator<Item = &AtomicU32> {
+        self.tails.iter().flatten().map(|bell| &bell.0)
+    }
 }
 
 /// What the device counts; the registers show it modulo their width.
@@ -102,12 +122,7 @@ impl Vf {
         if let Some((transmits, queue, register)) = queue_register(offset)
             && register == TAIL
         {
-            let bells = if transmits {
-                &self.bells.tx
-            } else {
-                &self.bells.rx
-            };
-            return bells[queue].load(Ordering::Relaxed);
+            return self.bells.tail(transmits, queue).load(Ordering::Relaxed);
         }
         let wide = |count: u64| (count as u32, (count >> 32) as u32 & 0xf);
         match offset {
@@ -176,12 +191,9 @@ impl Vf {
         let direction = usize::from(transmits);
         match register {
             TAIL => {
-                let bells = if transmits {
-                    &self.bells.tx
-                } else {
-                    &self.bells.rx
-                };
-                bells[queue].store(value, Ordering::Release);
+                self.bells
+                    .tail(transmits, queue)
+                    .store(value, Ordering::Release);
                 let enabled = self.enabled(transmits, queue);
                 if !enabled && value != 0 {
                     self.report
@@ -196,6 +208,9 @@ impl Vf {
                 let was = self.enabled(transmits, queue);
                 let flush = if transmits { TXDCTL_SWFLSH } else { 0 };
                 self.set(offset, value & !flush);
+                self.bells
+                    .enabled(transmits, queue)
+                    .store(on, Ordering::Relaxed);
                 if on && !was {
                     self.stopped[direction][queue] = false;
                     self.check_ring(transmits, queue);
@@ -230,16 +245,11 @@ impl Vf {
     /// The ring's address, its descriptors, its head and its tail; stops the queue if that makes no sense.
     pub(crate) fn ring(&mut self, transmits: bool, queue: usize) -> Option<Ring> {
         let base = queue_base(transmits, queue);
-        let bells = if transmits {
-            &self.bells.tx
-        } else {
-            &self.bells.rx
-        };
         let ring = Ring {
             at: u64::from(self.get(base + BAH)) << 32 | u64::from(self.get(base + BAL) & !127),
             size: self.get(base + LEN) / 16,
             head: self.get(base + HEAD),
-            tail: bells[queue].load(Ordering::Acquire),
+            tail: self.bells.tail(transmits, queue).load(Ordering::Acquire),
         };
         if ring.size == 0 || ring.head >= ring.size || ring.tail >= ring.size {
             self.stopped[usize::from(transmits)][queue] = true;
@@ -292,6 +302,9 @@ impl Vf {
             } else if let Some((_, _, DCTL)) = queue_register(offset) {
                 self.file[at] &= !DCTL_ENABLE;
             }
+        }
+        for switch in self.bells.enabled.iter().flatten() {
+            switch.store(false, Ordering::Relaxed);
         }
         self.interrupts.reset();
         self.mailbox.reset();
