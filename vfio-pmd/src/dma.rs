@@ -168,6 +168,8 @@ impl Ring {
     /// From one buffer to the next: 33 cache lines, an odd number, so that the first lines of neighbouring frames fall into
     /// different sets of the first-level cache. At a distance of 2048 they would share two sets of 64.
     pub(crate) const STRIDE: u64 = 2112;
+    /// Descriptors in a cache line.
+    pub(crate) const PER_LINE: u32 = 4;
     /// Bytes that the device uses of a buffer.
     pub(crate) const BUFFER: u32 = 2048;
 
@@ -269,7 +271,7 @@ impl Ring {
         }
     }
 
-    /// Asks for the first line of the buffer at `position`.
+    /// Asks for the first line of the buffer at `position`, to read it.
     #[inline]
     pub(crate) fn prefetch(&self, position: u32) {
         #[cfg(target_arch = "x86_64")]
@@ -280,6 +282,22 @@ impl Ring {
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = position;
+    }
+
+    /// Asks for the line of the descriptor at `position`, to read and then to write it; once per line when called for one position
+    /// after the other.
+    #[inline]
+    pub(crate) fn own(&self, position: u32) {
+        if !position.is_multiple_of(Self::PER_LINE) {
+            return;
+        }
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `slot < size`, so the address lies in the table (`new`). PREFETCHW never faults; processors without it treat it as
+        // a no-op.
+        unsafe {
+            let at = self.descs.as_ptr().add(self.slot(position) as usize * 2);
+            core::arch::asm!("prefetchw [{}]", in(reg) at, options(nostack, preserves_flags, readonly));
+        }
     }
 }
 
