@@ -98,6 +98,23 @@ impl Mailbox {
     }
 }
 
+/// The words of a message that carry something: the mailbox keeps those of the messages before behind a short one.
+pub(crate) fn spoken(words: &[u32], answer: bool) -> Vec<u32> {
+    let kind = words.first().map_or(0, |word| word & 0xffff);
+    let count = words.first().map_or(0, |word| word >> 16 & 0xff) as usize;
+    let len = match (kind, answer) {
+        (0x01, true) => 4,
+        (0x02 | 0x06, _) => 3,
+        (0x03, _) => 1 + count.min(30).div_ceil(2),
+        (0x04 | 0x05 | 0x08 | 0x0c | 0x10, _) => 2,
+        (0x09, true) => 5,
+        (0x0a, true) => 9,
+        (0x0b, true) => 11,
+        _ => 1,
+    };
+    words[..len.min(words.len())].to_vec()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::inject::spend;
-use crate::mailbox::Words;
+use crate::mailbox::{Words, spoken};
 use crate::packet::{Offload, be16, finish};
 use crate::pf::{CastMode, Mac, NACK, Pf, multicast_hash};
 use crate::regs::*;
@@ -63,8 +63,8 @@ impl State {
         }
         let entry = &mut self.vfs[vf];
         entry.report.exchange(Exchange {
-            request: [message[0], message[1]],
-            answer: [answer[0], answer.get(1).copied().unwrap_or(0)],
+            request: spoken(&message, false),
+            answer: spoken(&answer, true),
         });
         if message[0] & 0xffff == 1 {
             // The reset clears the words of the conversation before.

@@ -125,19 +125,22 @@ pub enum Misuse {
     },
 }
 
-/// A request and what the PF said to it: the first two words of each (the second is 0 in answers that have none).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A request and what the PF said to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Exchange {
-    /// Words 0 and 1 of the request.
-    pub request: [u32; 2],
-    /// Words 0 and 1 of the answer.
-    pub answer: [u32; 2],
+    /// The request's words, as many as its type has.
+    pub request: Vec<u32>,
+    /// The answer's.
+    pub answer: Vec<u32>,
 }
 
 impl fmt::Display for Exchange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ([a, b], [c, d]) = (self.request, self.answer);
-        write!(f, "{a:08x},{b:x} -> {c:08x},{d:x}")
+        let line = |words: &[u32]| {
+            let words: Vec<String> = words.iter().map(|word| format!("{word:08x}")).collect();
+            words.join(" ")
+        };
+        write!(f, "{} -> {}", line(&self.request), line(&self.answer))
     }
 }
 
