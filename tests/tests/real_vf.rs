@@ -38,8 +38,16 @@ fn separate(guest: &mut RunningGuest) -> Result<()> {
 }
 
 /// Pings from one namespace; every one must be answered.
-fn ping(guest: &mut RunningGuest, from: &str, to: &str, size: u32, count: u32) -> Result<()> {
-    let line = format!("ip netns exec {from} ping -c {count} -i 0.2 -W 10 -s {size} {to}");
+fn ping_from(guest: &mut RunningGuest, from: &str, to: &str, size: u32, count: u32) -> Result<()> {
+    pings(guest, &format!("ip netns exec {from}"), to, size, count)
+}
+
+fn ping(guest: &mut RunningGuest, to: &str, size: u32, count: u32) -> Result<()> {
+    pings(guest, "", to, size, count)
+}
+
+fn pings(guest: &mut RunningGuest, with: &str, to: &str, size: u32, count: u32) -> Result<()> {
+    let line = format!("{with} ping -c {count} -i 0.2 -W 10 -s {size} {to}");
     let text = guest.command(&line, COMMAND)?;
     ensure!(
         text.contains(&format!("{count} packets received")),
@@ -124,7 +132,7 @@ fn linux_on(kernel: Kernel, iommu: bool) -> Result<()> {
     let mut guest = machine.boot()?;
     separate(&mut guest)?;
     for size in [56, 1400, 30_000] {
-        ping(&mut guest, "a", "10.0.0.2", size, 10)?;
+        ping_from(&mut guest, "a", "10.0.0.2", size, 10)?;
     }
     tcp(&mut guest, "10.0.0.2")?;
     equal_counters(&mut guest, &mut model)?;
@@ -135,7 +143,7 @@ fn linux_on(kernel: Kernel, iommu: bool) -> Result<()> {
         );
         guest.command(&line, COMMAND)?;
     }
-    ping(&mut guest, "a", "10.0.7.2", 1400, 5)?;
+    ping_from(&mut guest, "a", "10.0.7.2", 1400, 5)?;
     tcp(&mut guest, "10.0.7.2")?;
     for namespace in ["a", "b"] {
         guest.command(
@@ -143,7 +151,7 @@ fn linux_on(kernel: Kernel, iommu: bool) -> Result<()> {
             COMMAND,
         )?;
     }
-    ping(&mut guest, "b", "10.0.0.1", 8900, 10)?;
+    ping_from(&mut guest, "b", "10.0.0.1", 8900, 10)?;
     tcp(&mut guest, "10.0.0.2")?;
     used_both_queues(&mut guest)?;
     model.assert_clean(2)
@@ -173,19 +181,31 @@ fn our_driver_on(kernel: Kernel, model: &Model) -> Result<RunningGuest> {
         ..Machine::new(kernel, model, 2)
     };
     let mut guest = machine.boot()?;
+    hand_to_vfio(&mut guest)?;
+    kernel_peer(&mut guest)?;
+    start_responder(&mut guest)?;
+    Ok(guest)
+}
+
+/// Takes the first VF from the kernel's driver and hands it to VFIO; its PCI address is `$vf` from now on.
+fn hand_to_vfio(guest: &mut RunningGuest) -> Result<()> {
     guest.command(
         "vf=$(basename $(readlink -f /sys/class/net/eth0/device)); d=/sys/bus/pci/devices/$vf; \
          echo $vf >$d/driver/unbind; echo vfio-pci >$d/driver_override; echo $vf >/sys/bus/pci/drivers_probe; \
          ls -l $d/driver | grep vfio-pci",
         COMMAND,
     )?;
+    Ok(())
+}
+
+/// The second VF with the kernel's driver: 10.0.0.2, and frames as long as the PF takes.
+fn kernel_peer(guest: &mut RunningGuest) -> Result<()> {
     guest.command(
-        "ip addr add 10.0.0.2/24 dev eth1 && ip link set eth1 up && \
+        "ip link set eth1 mtu 9000 && ip addr add 10.0.0.2/24 dev eth1 && ip link set eth1 up && \
          for i in $(seq 100); do grep -q 1 /sys/class/net/eth1/carrier && break; sleep 0.1; done",
         COMMAND,
     )?;
-    start_responder(&mut guest)?;
-    Ok(guest)
+    Ok(())
 }
 
 fn start_responder(guest: &mut RunningGuest) -> Result<()> {
@@ -197,24 +217,19 @@ fn start_responder(guest: &mut RunningGuest) -> Result<()> {
     Ok(())
 }
 
-/// Says something to the responder and waits for what it answers.
+/// Says something to the program that reads /tmp/in and waits for what it answers.
 fn tell(guest: &mut RunningGuest, command: &str, answer: &str) -> Result<String> {
-    let line = format!(
-        "echo {command} >/tmp/in; for i in $(seq 100); do grep -q '{answer}' /tmp/out && break; sleep 0.1; done; cat /tmp/out; grep -q '{answer}' /tmp/out"
-    );
-    guest.command(&line, COMMAND)
+    guest.command(&format!("echo {command} >/tmp/in"), COMMAND)?;
+    said(guest, answer)
 }
 
-fn ping_responder(guest: &mut RunningGuest, size: u32, count: u32) -> Result<()> {
-    let text = guest.command(
-        &format!("ping -c {count} -i 0.2 -W 10 -s {size} 10.0.0.1"),
-        COMMAND,
-    )?;
-    ensure!(
-        text.contains(&format!("{count} packets received")),
-        "{text}"
+/// Waits until the program that writes /tmp/out has said this.
+fn said(guest: &mut RunningGuest, what: &str) -> Result<String> {
+    // A prompt has no end of line.
+    let line = format!(
+        "for i in $(seq 300); do grep -q '{what}' /tmp/out && break; sleep 0.1; done; cat /tmp/out; echo; grep -q '{what}' /tmp/out"
     );
-    Ok(())
+    guest.command(&line, COMMAND)
 }
 
 /// Our driver over the kernel's VFIO and an IOMMU, its peer the kernel's ixgbevf: pings, a reset, a crash, memory taken away.
@@ -222,21 +237,21 @@ fn our_driver_lives_on(kernel: Kernel) -> Result<()> {
     let mut model = two_vfs()?;
     let mut guest = our_driver_on(kernel, &model)?;
     for size in [56, 1400] {
-        ping_responder(&mut guest, size, 10)?;
+        ping(&mut guest, "10.0.0.1", size, 10)?;
     }
     let text = tell(&mut guest, "show", "received")?;
     let seen = model.seen(0)?;
     let same = format!("received {} sent {}", seen.rx_frames, seen.tx_frames);
     ensure!(text.contains(&same), "device: {same}; driver: {text}");
     tell(&mut guest, "reset", "restarted")?;
-    ping_responder(&mut guest, 56, 5)?;
+    ping(&mut guest, "10.0.0.1", 56, 5)?;
     // A crash leaves rings and mappings; the next one starts from a reset.
     guest.command(
         "kill -9 $(pidof vf-responder); sleep 0.5; ! pidof vf-responder",
         COMMAND,
     )?;
     start_responder(&mut guest)?;
-    ping_responder(&mut guest, 1400, 5)?;
+    ping(&mut guest, "10.0.0.1", 1400, 5)?;
     model.assert_clean(2)?;
     // Memory that was taken back is out of the device's reach: the next frame is a fault, and no more than one.
     tell(&mut guest, "unmap", "unmapped")?;
@@ -263,4 +278,84 @@ fn our_driver_lives_on_debian_12_with_vfio_and_an_iommu() -> Result<()> {
 fn our_driver_lives_on_a_newer_linux_with_vfio_and_an_iommu() -> Result<()> {
     require!(vf::available());
     our_driver_lives_on(Kernel::New)
+}
+
+/// DPDK's own driver on the first VF, behind an IOMMU, with frames up to 9018 bytes, VLANs and two queues; it answers ARP and ping.
+/// Its peer is the kernel's.
+fn dpdk_on(kernel: Kernel) -> Result<()> {
+    let mut model = two_vfs()?;
+    let machine = Machine {
+        iommu: true,
+        modules: vec!["vfio", "net"],
+        programs: vec![vf::line_buffer()?],
+        script: "mkfifo /tmp/in\nsleep 100000 >/tmp/in &\nchmod 755 / /pmd\necho 128 >/proc/sys/vm/nr_hugepages"
+            .to_owned(),
+        ..Machine::new(kernel, &model, 2)
+    };
+    let mut guest = machine.boot()?;
+    hand_to_vfio(&mut guest)?;
+    kernel_peer(&mut guest)?;
+    guest.command(
+        "LD_PRELOAD=/bin/libstdbuf.so _STDBUF_O=L dpdk-testpmd -l 0-1 -a $vf --in-memory -m 160 -d /pmd --no-telemetry -- \
+         --total-num-mbufs=8192 --forward-mode=icmpecho --max-pkt-len=9018 --enable-scatter --tx-offloads=0x8000 \
+         --enable-hw-vlan-filter --rxq=2 --txq=2 -i --auto-start </tmp/in >/tmp/out 2>&1 &",
+        COMMAND,
+    )?;
+    said(&mut guest, "icmpecho packet forwarding - ports=1")?;
+    for size in [56, 1400, 8900] {
+        ping(&mut guest, "10.0.0.1", size, 10)?;
+    }
+    // Addresses enough for both of two queues.
+    for station in 3..11 {
+        guest.command(
+            &format!(
+                "ip addr add 10.0.0.{station}/24 dev eth1 && ping -c 2 -i 0.1 -W 10 -I 10.0.0.{station} 10.0.0.1"
+            ),
+            COMMAND,
+        )?;
+    }
+    tell(&mut guest, "rx_vlan add 7 0", "testpmd> $")?;
+    guest.command(
+        "ip link add link eth1 name eth1.7 type vlan id 7 && ip addr add 10.0.7.2/24 dev eth1.7 && ip link set eth1.7 up",
+        COMMAND,
+    )?;
+    ping(&mut guest, "10.0.7.1", 1400, 5)?;
+    let text = tell(&mut guest, "stop", "Accumulated forward statistics")?;
+    // "RX-packets: 12   TX-packets: 10   TX-dropped: 0" for each queue.
+    for queue in 0..2 {
+        let stream = text
+            .split_once(&format!("TX Port= 0/Queue= {queue} "))
+            .with_context(|| text.clone())?;
+        ensure!(
+            value(stream.1, "RX-packets:") > Some(0),
+            "queue {queue}: {text}"
+        );
+    }
+    let text = tell(&mut guest, "show port stats 0", "Throughput")?;
+    let (_, text) = text
+        .split_once("NIC statistics for port 0")
+        .with_context(|| text.clone())?;
+    let seen = model.seen(0)?;
+    for (name, device) in [
+        ("RX-packets:", seen.rx_frames),
+        ("TX-packets:", seen.tx_frames),
+        ("RX-bytes:", seen.rx_bytes),
+        ("TX-bytes:", seen.tx_bytes),
+    ] {
+        ensure!(value(text, name) == Some(device), "device {seen:?}: {text}");
+    }
+    model.assert_clean(2)
+}
+
+/// The number behind a word of testpmd's tables.
+fn value(text: &str, name: &str) -> Option<u64> {
+    let mut words = text.split_whitespace().skip_while(|word| *word != name);
+    words.nth(1)?.parse().ok()
+}
+
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn dpdk_takes_the_model_for_a_real_vf() -> Result<()> {
+    require!(vf::available());
+    dpdk_on(Kernel::Old)
 }

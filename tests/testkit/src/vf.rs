@@ -42,6 +42,11 @@ fn rig() -> Result<PathBuf> {
     })
 }
 
+/// A library that makes a program of the guest write line by line (`LD_PRELOAD=/bin/libstdbuf.so _STDBUF_O=L`).
+pub fn line_buffer() -> Result<PathBuf> {
+    Ok(rig()?.join("root/usr/libexec/coreutils/libstdbuf.so"))
+}
+
 /// Which kernel a guest runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kernel {
@@ -73,6 +78,10 @@ pub struct Seen {
     pub rx_frames: u64,
     /// Frames it sent.
     pub tx_frames: u64,
+    /// Bytes it received, without FCS.
+    pub rx_bytes: u64,
+    /// Bytes it sent, without FCS.
+    pub tx_bytes: u64,
     /// DMA mappings it has.
     pub mappings: u64,
     /// Function-level and software resets.
@@ -142,6 +151,8 @@ impl Model {
         Ok(Seen {
             rx_frames: number("rx_frames")?,
             tx_frames: number("tx_frames")?,
+            rx_bytes: number("rx_bytes")?,
+            tx_bytes: number("tx_bytes")?,
             mappings: number("mappings")?,
             resets: number("resets")?,
             faults: number("faults")?,
