@@ -34,7 +34,27 @@ impl Cpus {
     }
 }
 
-/// A client that is connected and, after [`Client::begin`], sends.
+/// What plays the containers of a comparison: testpmd, or for the kernel's own ways a generator of ours.
+pub(crate) trait Generator {
+    /// Sends the first frames.
+    fn begin(&mut self) -> Result<()>;
+
+    /// The ports whose received frames count.
+    fn received(&mut self) -> Result<Vec<PortStats>>;
+
+    /// What its forwarding cores did so far.
+    fn forwarded(&mut self) -> Result<Forwarded>;
+
+    fn proc(&self) -> &Proc;
+
+    /// What the binary says that it is; empty where the switch's version tells.
+    fn version(&self) -> &str;
+
+    /// Disconnects; the switch must be running.
+    fn leave(self: Box<Self>);
+}
+
+/// A testpmd that is connected and, after [`Generator::begin`], sends.
 pub(crate) struct Client {
     console: Console,
     row: Row,
@@ -76,9 +96,10 @@ impl Client {
             counted_from,
         })
     }
+}
 
-    /// Sends the first frames.
-    pub(crate) fn begin(&mut self) -> Result<()> {
+impl Generator for Client {
+    fn begin(&mut self) -> Result<()> {
         // Reading the clock around every burst would be a good part of a burst of one.
         let record = if self.row.traffic.is_hop() {
             "off"
@@ -101,8 +122,7 @@ impl Client {
         }
     }
 
-    /// The ports whose received frames count.
-    pub(crate) fn received(&mut self) -> Result<Vec<PortStats>> {
+    fn received(&mut self) -> Result<Vec<PortStats>> {
         let mut ports = self.console.ports()?;
         match self.row.traffic {
             Traffic::Circle { .. } => {}
@@ -114,21 +134,19 @@ impl Client {
         Ok(ports)
     }
 
-    /// What its forwarding core did so far.
-    pub(crate) fn forwarded(&mut self) -> Result<Forwarded> {
+    fn forwarded(&mut self) -> Result<Forwarded> {
         self.console.forwarded()
     }
 
-    pub(crate) fn proc(&self) -> &Proc {
+    fn proc(&self) -> &Proc {
         self.console.proc()
     }
 
-    pub(crate) fn version(&self) -> &str {
+    fn version(&self) -> &str {
         self.console.version()
     }
 
-    /// Disconnects; the switch must be running.
-    pub(crate) fn leave(mut self) {
+    fn leave(mut self: Box<Self>) {
         self.console.quit();
     }
 }

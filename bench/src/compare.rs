@@ -12,7 +12,7 @@ use crate::console::{TESTPMD, TESTPMD_MISSING};
 use crate::host::Host;
 use crate::interrupt::Interrupted;
 use crate::output;
-use crate::peers::{self, Peer};
+use crate::peers::{self, Binaries, Peer};
 use crate::process::{Priority, find, pin};
 use crate::report::{self, Output};
 use crate::rows;
@@ -27,6 +27,10 @@ use crate::visits::Run;
 /// sentinel measures how far apart the two cores are right now; samples during which that changed, or for which a
 /// process did not get its core, are named and left out. Near and far samples are never mixed.
 ///
+/// The Linux bridge with veth pairs, and macvlan, are what plain Docker does. They have no vhost-user sockets and hence another
+/// generator, packet sockets in the containers' network namespaces; both CPUs share their work. As root; everything is made in
+/// network namespaces that end with the run.
+///
 /// What is measured is what the client received per second, both ports added. It is a closed loop: the client may be
 /// the limit. Look at the cycles per frame of switch and client too.
 #[derive(Debug, clap::Args)]
@@ -37,8 +41,8 @@ pub(crate) struct Compare {
     /// Print the names of all rows, and end
     #[arg(long)]
     list_rows: bool,
-    /// Only these switches: ringway, ovs, testpmd, vpp, reference (a plain switch on vhost-user-backend and virtio-queue)
-    /// [default: all but the reference]
+    /// Only these switches: ringway, ovs, testpmd, vpp, reference (a plain switch on vhost-user-backend and virtio-queue), bridge,
+    /// macvlan [default: all but the reference]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     only: Vec<String>,
     /// How often every switch is visited for every row
@@ -73,12 +77,8 @@ pub(crate) struct Compare {
     /// The CPU of all else [default: a third one if there is one, otherwise the switch's]
     #[arg(long, value_name = "CPU")]
     control_cpu: Option<usize>,
-    /// The ringway binary [default: the one beside ringway-bench, then PATH]
-    #[arg(long, value_name = "PATH")]
-    ringway: Option<PathBuf>,
-    /// The vpp binary: VPP joins the comparison
-    #[arg(long, value_name = "PATH")]
-    vpp: Option<PathBuf>,
+    #[command(flatten)]
+    binaries: Binaries,
     #[command(flatten)]
     output: Output,
     /// Write the tables as Markdown
@@ -200,9 +200,6 @@ fn finish(options: &Compare, report: &Report) -> Result<()> {
 }
 
 fn rig(options: &Compare, priority: &Priority, directory: &Path) -> Result<Rig> {
-    if find(TESTPMD).is_none() {
-        bail!("the client: {TESTPMD_MISSING}");
-    }
     let (switch, client) = (options.switch_cpu, options.client_cpu);
     if switch == client {
         bail!("--switch-cpu and --client-cpu: both are CPU {switch}; a measurement takes two");
@@ -243,9 +240,9 @@ fn preemptions_max(priority: &Priority) -> f64 {
 
 /// The switches that can be started, and a sentence for each that cannot.
 fn available(options: &Compare) -> Result<(Vec<Box<dyn Peer>>, Vec<String>)> {
-    let mut peers = peers::all(options.ringway.as_deref(), options.vpp.as_deref());
+    let mut peers = peers::all(&options.binaries);
     for name in &options.only {
-        if name == "vpp" && options.vpp.is_none() {
+        if name == "vpp" && options.binaries.vpp.is_none() {
             bail!("--only vpp: --vpp PATH must name its binary");
         }
         if !peers.iter().any(|peer| peer.name() == name) {
@@ -266,6 +263,9 @@ fn available(options: &Compare) -> Result<(Vec<Box<dyn Peer>>, Vec<String>)> {
     peers.retain(|peer| peer.missing().is_none());
     if peers.is_empty() {
         bail!("no switch to measure: {}", left_out.join("; "));
+    }
+    if peers.iter().any(|peer| peer.vhost_user()) && find(TESTPMD).is_none() {
+        bail!("the client: {TESTPMD_MISSING}");
     }
     Ok((peers, left_out))
 }

@@ -15,6 +15,7 @@ use anyhow::{Context, Result, bail};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
+use crate::peers::Work;
 use crate::process::{Proc, command};
 
 /// The program, and the Debian package it comes in.
@@ -268,6 +269,19 @@ pub(crate) struct Forwarded {
     pub(crate) tx: u64,
     /// TSC cycles spent with frames in hand; with `set record-core-cycles on`.
     pub(crate) cycles: Option<u64>,
+    /// The cores that these cycles are of.
+    pub(crate) cores: u32,
+}
+
+impl Forwarded {
+    /// The same as it is asked of a switch, where cycles are counted.
+    pub(crate) fn work(&self) -> Option<Work> {
+        Some(Work {
+            frames: self.rx,
+            busy: self.cycles? as f64,
+            all: None,
+        })
+    }
 }
 
 fn forwarded(text: &str) -> Option<Forwarded> {
@@ -276,6 +290,7 @@ fn forwarded(text: &str) -> Option<Forwarded> {
         rx: number(sum, "RX-packets:")?,
         tx: number(sum, "TX-packets:")?,
         cycles: number(sum, "(total cycles="),
+        cores: 1,
     })
 }
 
@@ -314,6 +329,7 @@ mod tests {
             rx: 56_285_344,
             tx: 56_286_368,
             cycles: Some(6_999_089_796),
+            cores: 1,
         };
         assert_eq!(forwarded(FORWARDED), Some(expected));
         assert_eq!(expected.tx - expected.rx, 1024, "what circulates");

@@ -6,6 +6,7 @@ mod compare;
 mod console;
 mod host;
 mod interrupt;
+mod kernel;
 mod load;
 mod output;
 mod peers;
@@ -52,6 +53,10 @@ enum Mode {
     Reference(reference::Reference),
     #[command(hide = true)]
     Backend(backend::Serve),
+    #[command(hide = true)]
+    Namespaces(kernel::namespaces::Namespaces),
+    #[command(hide = true)]
+    Packets(kernel::circle::Circle),
     Sentinel(watch::Watch),
 }
 
@@ -73,6 +78,8 @@ fn main() -> ExitCode {
         Mode::Report(options) => report::run(options),
         Mode::Reference(options) => reference::run(options),
         Mode::Backend(options) => backend::run(options),
+        Mode::Namespaces(options) => kernel::namespaces::run(options),
+        Mode::Packets(options) => kernel::circle::run(options),
         Mode::Sentinel(options) => watch::run(options),
     });
     match result {

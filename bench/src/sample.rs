@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::client::{Client, Cpus};
+use crate::client::{Cpus, Generator};
 use crate::console::PortStats;
 use crate::interrupt;
 use crate::peers::{Switch, Work};
@@ -122,9 +122,9 @@ pub(crate) fn visit(
 ) -> Result<Vec<Sample>> {
     switch.proc().resume()?;
     switch.prepare(&row)?;
-    let mut client = Client::connect(row, switch.sockets(), rig.cpus, &rig.directory)?;
+    let mut client = switch.client(row, rig.cpus, &rig.directory)?;
     client.version().clone_into(client_version);
-    let samples = attempts(rig, row, peer, round, switch, &mut client);
+    let samples = attempts(rig, row, peer, round, switch, &mut *client);
     // Also after an error: the switch answers the client's farewell only while it runs.
     let _ = client.proc().resume();
     let _ = switch.proc().resume();
@@ -139,7 +139,7 @@ fn attempts(
     peer: &'static str,
     round: u32,
     switch: &mut dyn Switch,
-    client: &mut Client,
+    client: &mut dyn Generator,
 ) -> Result<Vec<Sample>> {
     client.begin()?;
     let many = matches!(row.traffic, Traffic::Stations(_));
@@ -172,7 +172,7 @@ fn attempts(
 }
 
 /// Looks with client and switch stopped, and lets both go on.
-fn stopped_look(rig: &Rig, switch: &dyn Switch, client: &Client) -> Result<Reading> {
+fn stopped_look(rig: &Rig, switch: &dyn Switch, client: &dyn Generator) -> Result<Reading> {
     client.proc().pause()?;
     switch.proc().pause()?;
     std::thread::sleep(SETTLE);
@@ -183,7 +183,7 @@ fn stopped_look(rig: &Rig, switch: &dyn Switch, client: &Client) -> Result<Readi
     reading
 }
 
-fn wait_for_placement(rig: &Rig, switch: &dyn Switch, client: &Client) -> Result<Reading> {
+fn wait_for_placement(rig: &Rig, switch: &dyn Switch, client: &dyn Generator) -> Result<Reading> {
     let begin = Instant::now();
     loop {
         let reading = stopped_look(rig, switch, client)?;
@@ -195,7 +195,12 @@ fn wait_for_placement(rig: &Rig, switch: &dyn Switch, client: &Client) -> Result
 }
 
 /// Counts for the time of a sample.
-fn count(rig: &Rig, row: &Row, switch: &mut dyn Switch, client: &mut Client) -> Result<Seen> {
+fn count(
+    rig: &Rig,
+    row: &Row,
+    switch: &mut dyn Switch,
+    client: &mut dyn Generator,
+) -> Result<Seen> {
     // What came to rest while both were stopped gets going again.
     interrupt::sleep(SETTLE)?;
     let switch_threads = switch.proc().threads();
@@ -223,17 +228,12 @@ fn count(rig: &Rig, row: &Row, switch: &mut dyn Switch, client: &mut Client) -> 
 
     let (mpps, steps) = rate(&shows);
     let (switch_cycles, switch_busy) = cost(switch_work, switch_done, switch_time, rig.tsc_hz);
-    let client_work = client_work.cycles.map(|cycles| Work {
-        frames: client_work.rx,
-        busy: cycles as f64,
-        all: None,
-    });
-    let client_end = client_done.cycles.map(|cycles| Work {
-        frames: client_done.rx,
-        busy: cycles as f64,
-        all: None,
-    });
-    let (client_cycles, client_busy) = cost(client_work, client_end, client_time, rig.tsc_hz);
+    let (client_cycles, client_busy) = cost(
+        client_work.work(),
+        client_done.work(),
+        client_time * client_done.cores,
+        rig.tsc_hz,
+    );
     let per_second = |thread: Thread| thread.preempted as f64 / time.as_secs_f64();
     let share = |thread: Thread| thread.cpu.as_secs_f64() / time.as_secs_f64();
     Ok(Seen {

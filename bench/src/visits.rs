@@ -162,10 +162,15 @@ impl Run<'_> {
         let place = Place {
             directory: self.rig.directory.clone(),
             cpus: self.rig.cpus,
+            containers: Vec::new(),
         };
         let switch = self.peers[peer].start(setup, &place)?;
         self.note_version(self.peers[peer].name(), switch.version());
-        let idle = connect_idle(&switch.sockets()[2..], self.rig.cpus, &self.rig.directory)?;
+        let idle = connect_idle(
+            switch.sockets().get(2..).unwrap_or_default(),
+            self.rig.cpus,
+            &self.rig.directory,
+        )?;
         switch.proc().pause()?;
         Ok(Instance {
             peer,

@@ -87,21 +87,39 @@ impl Fleet {
             caveats: Vec::new(),
         };
         let hugepages = fleet.choose_memory(frontends, sockets.len(), longest);
-        for socket in sockets {
-            interrupt::check()?;
+        let at = |port: usize| format!("port {port} at {}", sockets[port].display());
+        // Those that listen do so before any of them waits for the switch.
+        for (port, socket) in sockets.iter().enumerate() {
             let options = frontends.options(socket.clone(), longest, hugepages);
-            let attach = || -> Result<_> {
-                let mut guest = Guest::new(options.clone())?;
-                let pairs = guest.attach()?;
-                Ok((guest, pairs))
-            };
-            let (guest, pairs) = attach()
-                .with_context(|| format!("port {} at {}", fleet.guests.len(), socket.display()))?;
-            fleet.check(&guest, &options)?;
+            let guest = Guest::new(options).with_context(|| at(port))?;
             fleet.guests.push(guest);
+        }
+        for port in 0..sockets.len() {
+            interrupt::check()?;
+            let pairs = fleet.guests[port].attach().with_context(|| at(port))?;
+            fleet.check(port)?;
             fleet.lanes.push(fleet.lane(pairs));
         }
         Ok(fleet)
+    }
+
+    /// A port leaves and comes back as another kind of container. It has to be wired again.
+    pub(crate) fn attach_again(
+        &mut self,
+        port: usize,
+        change: impl FnOnce(&mut Options),
+    ) -> Result<()> {
+        let mut before = self.guests.remove(port);
+        let mut options = before.options().clone();
+        change(&mut options);
+        let _ = before.detach();
+        // One that listened gives up its socket before the next one makes it.
+        drop(before);
+        let mut guest = Guest::new(options)?;
+        let pairs = guest.attach();
+        self.guests.insert(port, guest);
+        self.lanes[port] = self.lane(pairs.with_context(|| format!("port {port}, again"))?);
+        Ok(())
     }
 
     fn lane(&self, pairs: Vec<QueuePair>) -> Lane {
@@ -142,7 +160,9 @@ impl Fleet {
     }
 
     /// What the switch did not grant.
-    fn check(&mut self, guest: &Guest, options: &Options) -> Result<()> {
+    fn check(&mut self, port: usize) -> Result<()> {
+        let guest = &self.guests[port];
+        let options = guest.options();
         let wanted = [
             (options.in_order, ringway::virtio::ring::feature::IN_ORDER),
             (options.mergeable, ringway::virtio::ring::feature::MRG_RXBUF),

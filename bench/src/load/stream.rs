@@ -168,6 +168,19 @@ pub(crate) struct Head {
     window: u32,
 }
 
+impl Head {
+    /// That of a frame of the only flow of the first stream.
+    pub(crate) fn numbered(sequence: u64, stamp: u64) -> Self {
+        Self {
+            stream: 0,
+            flow: 0,
+            sequence,
+            stamp,
+            window: 0,
+        }
+    }
+}
+
 /// What a frame's first words say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Read {

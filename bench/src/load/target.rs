@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use indicatif::ProgressBar;
 use tempfile::TempDir;
 
@@ -15,7 +15,7 @@ use super::trial::Trial;
 use crate::client::Cpus;
 use crate::host::{Host, hugepages_hint};
 use crate::interrupt::{self, Interrupted};
-use crate::peers::{self, Place, Setup, Switch, Work};
+use crate::peers::{self, Binaries, Place, Setup, Switch, Work};
 use crate::process::{Priority, cpus, pin};
 use crate::report::Output;
 use crate::results::{FORMAT, Saved, Version};
@@ -23,7 +23,7 @@ use crate::sentinel::{Placement, look};
 
 /// From stopping the switch to the sentinel, and how long that plays.
 const SETTLE: Duration = Duration::from_millis(20);
-const SENTINEL: Duration = Duration::from_millis(15);
+pub(crate) const SENTINEL: Duration = Duration::from_millis(15);
 
 /// The switch to measure.
 #[derive(Clone, Debug, clap::Args)]
@@ -36,7 +36,7 @@ pub(crate) struct Target {
         required_unless_present = "switch"
     )]
     pub(crate) sockets: Vec<PathBuf>,
-    /// Or start these, one after the other: ringway, ovs, testpmd, reference, vpp
+    /// Or start these, one after the other: ringway, ovs, testpmd, reference, vpp (chain: bridge and macvlan too)
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     pub(crate) switch: Vec<String>,
     /// Ports of a switch that is started
@@ -48,12 +48,8 @@ pub(crate) struct Target {
     /// The CPU of the generator [default: 1, or the only one there is]
     #[arg(long, value_name = "CPU")]
     pub(crate) client_cpu: Option<usize>,
-    /// The ringway binary [default: the one beside ringway-bench, then PATH]
-    #[arg(long, value_name = "PATH")]
-    pub(crate) ringway: Option<PathBuf>,
-    /// The vpp binary
-    #[arg(long, value_name = "PATH")]
-    pub(crate) vpp: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) binaries: Binaries,
     /// The priority of switch and generator, as root
     #[arg(long, default_value_t = -20, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-20..=0))]
     pub(crate) nice: i32,
@@ -98,10 +94,15 @@ impl Target {
         })
     }
 
-    /// Starts the switch that was named, with room for `setup`.
-    pub(crate) fn start(&self, name: &str, setup: Setup) -> Result<Started> {
+    /// Starts the switch that was named, with room for `setup`. If containers listen, it connects to their sockets.
+    pub(crate) fn start(
+        &self,
+        name: &str,
+        setup: Setup,
+        containers: &[PathBuf],
+    ) -> Result<Started> {
         let cpus = self.cpus()?;
-        let all = peers::all(self.ringway.as_deref(), self.vpp.as_deref());
+        let all = peers::all(&self.binaries);
         let names: Vec<_> = all.iter().map(|peer| peer.name()).collect();
         let Some(peer) = all.iter().find(|peer| peer.name() == name) else {
             let hint = if name == "vpp" {
@@ -114,6 +115,9 @@ impl Target {
                 names.join(", ")
             );
         };
+        if !peer.vhost_user() {
+            bail!("--switch {name}: it has no vhost-user sockets; compare and chain measure it");
+        }
         if let Some(missing) = peer.missing() {
             bail!("{missing}");
         }
@@ -124,6 +128,7 @@ impl Target {
         let place = Place {
             directory: directory.path().to_owned(),
             cpus,
+            containers: containers.to_vec(),
         };
         let switch = peer
             .start(setup, &place)
@@ -150,6 +155,31 @@ pub(crate) struct Session {
     bar: ProgressBar,
     #[allow(dead_code, reason = "holds until the end")]
     priority: Option<Priority>,
+    /// Where the containers listen, for a switch of ours to connect.
+    pub(crate) listening: Option<Listening>,
+}
+
+/// Sockets of containers, in a directory that lives as long as they do.
+pub(crate) struct Listening {
+    pub(crate) sockets: Vec<PathBuf>,
+    #[allow(dead_code, reason = "removed with the session")]
+    directory: TempDir,
+}
+
+/// Places for the containers' sockets, if they listen and the switch is ours.
+fn listening(target: &Target, frontends: &Frontends) -> Result<Option<Listening>> {
+    if target.switch.is_empty() || !frontends.listen {
+        return Ok(None);
+    }
+    let directory = tempfile::Builder::new()
+        .prefix("rwc")
+        .tempdir()
+        .context("a directory for the containers' sockets")?;
+    let sockets = (0..target.ports).map(|port| directory.path().join(port.to_string()));
+    Ok(Some(Listening {
+        sockets: sockets.collect(),
+        directory,
+    }))
 }
 
 impl Session {
@@ -171,10 +201,6 @@ impl Session {
         frames: &Frames,
         take: Option<usize>,
     ) -> Result<Self> {
-        ensure!(
-            target.switch.is_empty() || !frontends.listen,
-            "--listen: a switch that is started listens itself"
-        );
         let cpus = target.cpus()?;
         let priority = target.name().map(|_| Priority::raise(target.nice));
         let mut frontends = frontends.clone();
@@ -186,9 +212,11 @@ impl Session {
             jumbo: frames.size.longest() > 1518,
             stations: frames.stations > 8000,
         };
+        let listening = listening(target, &frontends)?;
+        let containers = listening.as_ref().map_or(&[][..], |it| &it.sockets);
         let started = target
             .name()
-            .map(|name| target.start(name, setup))
+            .map(|name| target.start(name, setup, containers))
             .transpose()?;
         let sockets = match &started {
             Some(started) => started.switch.sockets(),
@@ -216,6 +244,7 @@ impl Session {
             placement: None,
             bar: super::bar(),
             priority,
+            listening,
         })
     }
 

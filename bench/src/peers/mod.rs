@@ -1,5 +1,6 @@
 //! The switches under test: how each is started and asked. A new one is a file here and a line in [`all`].
 
+pub(crate) mod kernel;
 mod ovs;
 mod reference;
 mod ringway;
@@ -12,8 +13,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::client::Cpus;
+use crate::client::{Client, Cpus, Generator};
 use crate::console::Console;
+use crate::kernel::Way;
+use crate::kernel::remote::Remote;
 use crate::process::Proc;
 use crate::rows::{Row, Traffic};
 
@@ -27,6 +30,11 @@ pub(crate) trait Peer {
 
     /// Whether it takes part where nobody said who shall.
     fn by_default(&self) -> bool {
+        true
+    }
+
+    /// Whether it serves vhost-user sockets: what does not has a generator of its own.
+    fn vhost_user(&self) -> bool {
         true
     }
 
@@ -69,6 +77,16 @@ pub(crate) trait Switch {
         self.proc().kill()
     }
 
+    /// Connects a client for this row. `directory` takes its files.
+    fn client(&self, row: Row, cpus: Cpus, directory: &Path) -> Result<Box<dyn Generator>> {
+        Ok(Box::new(Client::connect(
+            row,
+            self.sockets(),
+            cpus,
+            directory,
+        )?))
+    }
+
     /// Called before a client connects.
     fn prepare(&mut self, row: &Row) -> Result<()>;
 
@@ -89,6 +107,8 @@ pub(crate) enum Runs {
     Daemon(Proc),
     /// On a terminal.
     Console(Box<Console>),
+    /// In the kernel, for a process that holds its links.
+    Helper(Box<Remote>),
 }
 
 impl Runs {
@@ -96,6 +116,7 @@ impl Runs {
         match self {
             Self::Daemon(proc) => proc,
             Self::Console(console) => console.proc(),
+            Self::Helper(helper) => helper.proc(),
         }
     }
 }
@@ -105,6 +126,7 @@ impl Drop for Runs {
         match self {
             Self::Daemon(proc) => proc.terminate(),
             Self::Console(console) => console.quit(),
+            Self::Helper(_) => {} // it has nothing to say: dropping it ends it
         }
     }
 }
@@ -156,9 +178,33 @@ pub(crate) struct Place {
     /// An existing directory with a short absolute path.
     pub(crate) directory: PathBuf,
     pub(crate) cpus: Cpus,
+    /// Sockets on which the containers listen, for the switch to connect to; none: it listens on sockets of its own.
+    pub(crate) containers: Vec<PathBuf>,
 }
 
 impl Place {
+    /// Whether the switch connects to its containers.
+    fn switch_connects(&self) -> bool {
+        !self.containers.is_empty()
+    }
+
+    /// The socket of each port.
+    fn sockets(&self, directory: &Path, setup: Setup) -> Vec<PathBuf> {
+        if self.switch_connects() {
+            return self.containers.clone();
+        }
+        let own = (0..setup.ports).map(|port| directory.join(port.to_string()));
+        own.collect()
+    }
+
+    /// Waits until the switch listens, if it is the one who does.
+    fn wait_for(&self, proc: &mut Proc, sockets: &[PathBuf], log: &Path) -> Result<()> {
+        if self.switch_connects() {
+            return Ok(());
+        }
+        wait_for_sockets(proc, sockets, log)
+    }
+
     /// A directory of its own for an instance.
     fn own(&self, peer: &str, setup: Setup) -> Result<PathBuf> {
         let directory = self.directory.join(format!("{peer}{}", setup.tag()));
@@ -167,15 +213,43 @@ impl Place {
     }
 }
 
-/// The switches of a run, with the paths of the command line.
-pub(crate) fn all(ringway: Option<&Path>, vpp: Option<&Path>) -> Vec<Box<dyn Peer>> {
+/// Where the switches are.
+#[derive(Clone, Debug, Default, clap::Args)]
+#[command(next_help_heading = "The switches' binaries")]
+pub(crate) struct Binaries {
+    /// The ringway binary [default: the one beside ringway-bench, then PATH]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) ringway: Option<PathBuf>,
+    /// The vpp binary: VPP joins in
+    #[arg(long, value_name = "PATH")]
+    pub(crate) vpp: Option<PathBuf>,
+    /// Another system with an OVS-DPDK, a newer one by debootstrap say: it joins in as ovs-root, run in a chroot
+    #[arg(long, value_name = "DIRECTORY", value_parser = directory)]
+    pub(crate) ovs_root: Option<PathBuf>,
+}
+
+/// A directory by its absolute name: daemons go elsewhere.
+fn directory(text: &str) -> Result<PathBuf, String> {
+    match std::fs::canonicalize(text) {
+        Ok(path) if path.is_dir() => Ok(path),
+        Ok(_) => Err("is no directory".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// The switches of a run.
+pub(crate) fn all(binaries: &Binaries) -> Vec<Box<dyn Peer>> {
     let mut peers: Vec<Box<dyn Peer>> = vec![
-        Box::new(ringway::Ringway::new(ringway)),
-        Box::new(ovs::Ovs),
+        Box::new(ringway::Ringway::new(binaries.ringway.as_deref())),
+        Box::new(ovs::Ovs::default()),
         Box::new(testpmd::Testpmd),
         Box::new(reference::Reference),
     ];
-    if let Some(vpp) = vpp {
+    peers.extend(Way::ALL.map(|way| Box::new(way) as Box<dyn Peer>));
+    if let Some(root) = &binaries.ovs_root {
+        peers.push(Box::new(ovs::Ovs::of(root)));
+    }
+    if let Some(vpp) = &binaries.vpp {
         peers.push(Box::new(vpp::Vpp::new(vpp)));
     }
     peers

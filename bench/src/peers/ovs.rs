@@ -1,5 +1,7 @@
-//! Open vSwitch with its userspace datapath (OVS-DPDK): a bridge that learns, one polling thread.
+//! Open vSwitch with its userspace datapath (OVS-DPDK): a bridge that learns, one polling thread. Of this system, or of another one
+//! below a directory (a newer release by debootstrap, say), whose programs run in a chroot.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -12,44 +14,120 @@ use serde_json::{Value, json};
 
 use super::{Common, Peer, Place, Runs, Setup, Switch, Work, output, wait_for_sockets};
 use crate::client::DESTINATION;
-use crate::process::{Proc, command, find, wait_for_paths};
+use crate::process::{Proc, command, find};
 use crate::rows::{Row, Traffic};
 
 const DAEMON: &str = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk";
 const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
+const PACKAGE: &str = "openvswitch-switch-dpdk";
 
-pub(crate) struct Ovs;
+/// Goes into another system with this one's devices and a directory of ours. The mounts are in a namespace that ends with the program.
+const ENTER: &str = r#"set -e
+root=$1 directory=$2
+shift 2
+for mount in proc sys dev; do mkdir -p "$root/$mount"; mount --rbind "/$mount" "$root/$mount"; done
+top=${directory#/}
+mkdir -p "$root/${top%%/*}"
+mount -t tmpfs ringway-bench "$root/${top%%/*}"
+mkdir -p "$root$directory"
+mount --bind "$directory" "$root$directory"
+exec chroot "$root" "$@""#;
 
-impl Peer for Ovs {
-    fn name(&self) -> &'static str {
-        "ovs"
+/// OVS-DPDK of this system, or of another one.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Ovs {
+    root: Option<PathBuf>,
+}
+
+impl Ovs {
+    /// The one of the system below `root`.
+    pub(crate) fn of(root: &Path) -> Self {
+        Self {
+            root: Some(root.to_owned()),
+        }
     }
 
-    fn missing(&self) -> Option<String> {
-        let complete =
-            find(DAEMON).is_some() && find("ovs-vsctl").is_some() && find("ovsdb-server").is_some();
-        if !complete {
-            return Some(
-                "OVS-DPDK is not installed: apt-get install openvswitch-switch-dpdk".to_owned(),
-            );
-        }
-        // Two OVS of one network namespace fight over the taps of their bridges.
-        let own = output(Command::new("unshare").args(["-n", "true"]));
-        own.err().map(|_| {
-            "OVS-DPDK needs root (a network namespace of its own): run with sudo".to_owned()
+    /// Whether its system has this program or file: an absolute path, or a name.
+    fn has(&self, program: &str) -> bool {
+        let Some(root) = &self.root else {
+            return find(program).is_some();
+        };
+        let places = ["/usr/bin/", "/usr/sbin/", ""];
+        places.iter().any(|place| {
+            let path = format!("{place}{program}");
+            path.starts_with('/') && root.join(&path[1..]).is_file()
         })
     }
 
+    /// The arguments that run `program` in its system, which sees `directory` where it is.
+    fn inside(&self, directory: &Path, program: &str) -> Vec<OsString> {
+        let Some(root) = &self.root else {
+            let program = find(program).unwrap_or_else(|| program.into());
+            return vec![program.into()];
+        };
+        let enter = ["unshare", "--mount", "sh", "-c", ENTER, "sh"];
+        let mut words: Vec<OsString> = enter.map(OsString::from).into();
+        words.extend([root.into(), directory.into(), program.into()]);
+        words
+    }
+
+    /// A helper program of its system.
+    fn helper(&self, directory: &Path, program: &str) -> Command {
+        let words = self.inside(directory, program);
+        let mut helper = Command::new(&words[0]);
+        helper.args(&words[1..]).envs(environment(directory));
+        helper
+    }
+
+    fn vsctl(&self, directory: &Path) -> Command {
+        let mut vsctl = self.helper(directory, "ovs-vsctl");
+        vsctl
+            .arg(format!("--db=unix:{}", directory.join("db.sock").display()))
+            .arg("--timeout=15");
+        vsctl
+    }
+}
+
+impl Peer for Ovs {
+    fn name(&self) -> &'static str {
+        match self.root {
+            None => "ovs",
+            Some(_) => "ovs-root",
+        }
+    }
+
+    fn missing(&self) -> Option<String> {
+        let programs = [DAEMON, SCHEMA, "ovs-vsctl", "ovsdb-server", "ovsdb-tool"];
+        let absent = programs.iter().find(|program| !self.has(program));
+        if let (Some(absent), Some(root)) = (absent, &self.root) {
+            let root = root.display();
+            return Some(format!(
+                "--ovs-root {root}: no {absent} in it: chroot {root} apt-get install {PACKAGE}"
+            ));
+        }
+        if absent.is_some() {
+            return Some(format!(
+                "OVS-DPDK is not installed: apt-get install {PACKAGE}"
+            ));
+        }
+        // Two OVS of one network namespace fight over the taps of their bridges; a chroot takes mounts.
+        let own = output(Command::new("unshare").args(["-n", "-m", "true"]));
+        own.err()
+            .map(|_| "OVS-DPDK needs root (namespaces of its own): run with sudo".to_owned())
+    }
+
     fn start(&self, setup: Setup, place: &Place) -> Result<Box<dyn Switch>> {
-        let directory = place.own("o", setup)?;
-        let database = start_database(&directory, place)?;
-        configure(&directory, place.cpus.switch)?;
+        let tag = if self.root.is_some() { "n" } else { "o" };
+        let directory = place.own(tag, setup)?;
+        let database = self.start_database(&directory, place)?;
+        self.configure(&directory, place.cpus.switch)?;
 
         let log = directory.join("vs.log");
         let control = directory.join("vs.ctl");
         let mut daemon = command("unshare");
         daemon
-            .args(["-n", DAEMON])
+            .arg("-n")
+            .args(self.inside(&directory, DAEMON))
             .arg(format!("unix:{}", directory.join("db.sock").display()));
         daemon
             .arg(format!("--unixctl={}", control.display()))
@@ -63,9 +141,12 @@ impl Peer for Ovs {
         wait_for_sockets(&mut proc, std::slice::from_ref(&control), &log)?;
 
         let names: Vec<_> = (0..setup.ports).map(|port| format!("vhu{port}")).collect();
-        add_ports(&directory, &names, setup.jumbo)?;
-        let sockets: Vec<_> = names.iter().map(|name| directory.join(name)).collect();
-        wait_for_sockets(&mut proc, &sockets, &log)?;
+        self.add_ports(&directory, &names, setup.jumbo, &place.containers)?;
+        let sockets = match place.switch_connects() {
+            true => place.containers.clone(),
+            false => names.iter().map(|name| directory.join(name)).collect(),
+        };
+        place.wait_for(&mut proc, &sockets, &log)?;
         let version = ask(&control, "version", &[])?;
         let dpdk = std::fs::read_to_string(&log).ok().and_then(|log| {
             let (_, after) = log.split_once("Using DPDK ")?;
@@ -90,92 +171,88 @@ impl Peer for Ovs {
     }
 }
 
+impl Ovs {
+    fn start_database(&self, directory: &Path, place: &Place) -> Result<Proc> {
+        let file = directory.join("conf.db");
+        output(
+            self.helper(directory, "ovsdb-tool")
+                .arg("create")
+                .arg(&file)
+                .arg(SCHEMA),
+        )?;
+        let socket = directory.join("db.sock");
+        let log = directory.join("db.log");
+        let words = self.inside(directory, "ovsdb-server");
+        let mut server = command(&words[0]);
+        server.args(&words[1..]);
+        server
+            .arg(&file)
+            .arg(format!("--remote=punix:{}", socket.display()));
+        server.arg(format!("--unixctl={}", directory.join("db.ctl").display()));
+        server
+            .envs(environment(directory))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(&log)?);
+        let mut proc = Proc::start("ovsdb-server", &[place.cpus.control], &mut server)?;
+        wait_for_sockets(&mut proc, &[socket], &log)?;
+        Ok(proc)
+    }
+
+    fn configure(&self, directory: &Path, cpu: usize) -> Result<()> {
+        let mask = format!("0x{:x}", 1u128 << cpu);
+        let options = [
+            "dpdk-init=true".to_owned(),
+            "dpdk-socket-mem=512".to_owned(),
+            // With large frames it would take every hugepage there is, and leave none for the client.
+            "dpdk-socket-limit=1024".to_owned(),
+            format!("dpdk-lcore-mask={mask}"),
+            format!("pmd-cpu-mask={mask}"),
+            format!(
+                "dpdk-extra=\"--no-pci --in-memory --file-prefix=rwb{}\"",
+                std::process::id()
+            ),
+        ];
+        let mut set = self.vsctl(directory);
+        set.args(["--no-wait", "set", "Open_vSwitch", "."]);
+        set.args(options.map(|option| format!("other_config:{option}")));
+        output(&mut set).map(drop)
+    }
+
+    /// Ports that listen, or that connect to these sockets.
+    fn add_ports(
+        &self,
+        directory: &Path,
+        names: &[String],
+        jumbo: bool,
+        containers: &[PathBuf],
+    ) -> Result<()> {
+        let mut add = self.vsctl(directory);
+        add.args(
+            "add-br br0 -- set bridge br0 datapath_type=netdev other_config:mac-table-size=262144"
+                .split(' '),
+        );
+        for (port, name) in names.iter().enumerate() {
+            add.args(["--", "add-port", "br0", name]);
+            add.args(["--", "set", "interface", name]);
+            match containers.get(port) {
+                None => add.arg("type=dpdkvhostuser"),
+                Some(socket) => add
+                    .arg("type=dpdkvhostuserclient")
+                    .arg(format!("options:vhost-server-path={}", socket.display())),
+            };
+            if jumbo {
+                add.arg("mtu_request=9000");
+            }
+        }
+        output(&mut add).map(drop)
+    }
+}
+
 fn environment(directory: &Path) -> [(&'static str, PathBuf); 4] {
     // The last one is DPDK's.
     ["OVS_RUNDIR", "OVS_LOGDIR", "OVS_DBDIR", "RUNTIME_DIRECTORY"]
         .map(|key| (key, directory.to_owned()))
-}
-
-fn start_database(directory: &Path, place: &Place) -> Result<Proc> {
-    let file = directory.join("conf.db");
-    output(
-        Command::new("ovsdb-tool")
-            .arg("create")
-            .arg(&file)
-            .arg(SCHEMA)
-            .envs(environment(directory)),
-    )?;
-    let socket = directory.join("db.sock");
-    let log = File::create(directory.join("db.log"))?;
-    let mut server = command(find("ovsdb-server").context("ovsdb-server")?);
-    server
-        .arg(&file)
-        .arg(format!("--remote=punix:{}", socket.display()));
-    server.arg(format!("--unixctl={}", directory.join("db.ctl").display()));
-    server
-        .envs(environment(directory))
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log);
-    let mut proc = Proc::start("ovsdb-server", &[place.cpus.control], &mut server)?;
-    wait_for_paths(&[socket], Duration::from_secs(10), || match proc.ended() {
-        None => Ok(()),
-        Some(status) => bail!("ovsdb-server ended: {status}"),
-    })?;
-    Ok(proc)
-}
-
-fn vsctl(directory: &Path) -> Command {
-    let mut vsctl = Command::new("ovs-vsctl");
-    vsctl
-        .arg(format!("--db=unix:{}", directory.join("db.sock").display()))
-        .arg("--timeout=15");
-    vsctl
-}
-
-fn configure(directory: &Path, cpu: usize) -> Result<()> {
-    let mask = format!("0x{:x}", 1u128 << cpu);
-    let options = [
-        "dpdk-init=true".to_owned(),
-        "dpdk-socket-mem=512".to_owned(),
-        // With large frames it would take every hugepage there is, and leave none for the client.
-        "dpdk-socket-limit=1024".to_owned(),
-        format!("dpdk-lcore-mask={mask}"),
-        format!("pmd-cpu-mask={mask}"),
-        format!(
-            "dpdk-extra=\"--no-pci --in-memory --file-prefix=rwb{}\"",
-            std::process::id()
-        ),
-    ];
-    let mut set = vsctl(directory);
-    set.args(["--no-wait", "set", "Open_vSwitch", "."]);
-    set.args(options.map(|option| format!("other_config:{option}")));
-    output(&mut set).map(drop)
-}
-
-fn add_ports(directory: &Path, names: &[String], jumbo: bool) -> Result<()> {
-    let mut add = vsctl(directory);
-    add.args(
-        "add-br br0 -- set bridge br0 datapath_type=netdev other_config:mac-table-size=262144"
-            .split(' '),
-    );
-    for name in names {
-        add.args([
-            "--",
-            "add-port",
-            "br0",
-            name,
-            "--",
-            "set",
-            "interface",
-            name,
-            "type=dpdkvhostuser",
-        ]);
-        if jumbo {
-            add.arg("mtu_request=9000");
-        }
-    }
-    output(&mut add).map(drop)
 }
 
 struct Running {

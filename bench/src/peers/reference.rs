@@ -3,9 +3,9 @@
 use std::fs::File;
 use std::process::Stdio;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
-use super::{Common, Peer, Place, Runs, Setup, Switch, Work, wait_for_sockets};
+use super::{Common, Peer, Place, Runs, Setup, Switch, Work};
 use crate::process::{Proc, command};
 use crate::rows::{Row, Traffic, Variant};
 
@@ -35,10 +35,11 @@ impl Peer for Reference {
     }
 
     fn start(&self, setup: Setup, place: &Place) -> Result<Box<dyn Switch>> {
+        if place.switch_connects() {
+            bail!("reference: it only listens; its containers cannot");
+        }
         let directory = place.own("f", setup)?;
-        let sockets: Vec<_> = (0..setup.ports)
-            .map(|port| directory.join(port.to_string()))
-            .collect();
+        let sockets = place.sockets(&directory, setup);
         let log = directory.join("log");
         let own = std::env::current_exe().context("the path of this program")?;
         let mut reference = command(own);
@@ -52,7 +53,7 @@ impl Peer for Reference {
             .stderr(File::options().append(true).open(&log)?);
         let cpus = [place.cpus.switch, place.cpus.control];
         let mut proc = Proc::start("the reference", &cpus, &mut reference)?;
-        wait_for_sockets(&mut proc, &sockets, &log)?;
+        place.wait_for(&mut proc, &sockets, &log)?;
         let version = format!(
             "ringway-bench {} (vhost-user-backend, virtio-queue, vm-memory)",
             env!("CARGO_PKG_VERSION")

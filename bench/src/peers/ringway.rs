@@ -58,15 +58,18 @@ impl Peer for Ringway {
             bail!("ringway is not built")
         };
         let directory = place.own("r", setup)?;
-        let sockets: Vec<_> = (0..setup.ports)
-            .map(|port| directory.join(port.to_string()))
-            .collect();
+        let sockets = place.sockets(&directory, setup);
         let api = directory.join("api");
         let log = directory.join("log");
         let file = directory.join("ringway.toml");
         std::fs::write(
             &file,
-            configuration(&sockets, setup.stations, place.cpus.switch),
+            configuration(
+                &sockets,
+                setup.stations,
+                place.switch_connects(),
+                place.cpus.switch,
+            ),
         )?;
         let mut ringway = command(&binary);
         ringway
@@ -84,7 +87,7 @@ impl Peer for Ringway {
             &[place.cpus.switch, place.cpus.control],
             &mut ringway,
         )?;
-        wait_for_sockets(&mut proc, &sockets, &log)?;
+        place.wait_for(&mut proc, &sockets, &log)?;
         wait_for_sockets(&mut proc, std::slice::from_ref(&api), &log)?;
         let version = output(Command::new(&binary).arg("--version"))?
             .trim()
@@ -102,7 +105,7 @@ impl Peer for Ringway {
 }
 
 /// What an operator would write; only the table for many stations is not the default.
-fn configuration(sockets: &[PathBuf], stations: bool, cpu: usize) -> String {
+fn configuration(sockets: &[PathBuf], stations: bool, connects: bool, cpu: usize) -> String {
     let mut text = format!("workers = [{cpu}]\n");
     if stations {
         text += "[fdb]\ncapacity = 1000000\n";
@@ -112,6 +115,9 @@ fn configuration(sockets: &[PathBuf], stations: bool, cpu: usize) -> String {
             "[[port]]\nname = \"p{port}\"\ntype = \"vhost-user\"\nsocket = \"{}\"\n",
             socket.display()
         );
+        if connects {
+            text += "mode = \"client\"\n";
+        }
     }
     text
 }
@@ -215,12 +221,16 @@ mod tests {
     #[test]
     fn the_configuration_names_every_port_and_a_large_table_only_where_needed() {
         let sockets = [PathBuf::from("/t/0"), PathBuf::from("/t/1")];
-        let plain = configuration(&sockets, false, 3);
+        let plain = configuration(&sockets, false, false, 3);
         assert_eq!(plain.matches("[[port]]").count(), 2);
         assert!(
             plain.starts_with("workers = [3]\n") && plain.contains("socket = \"/t/1\""),
             "{plain}"
         );
-        assert!(!plain.contains("[fdb]") && configuration(&sockets, true, 3).contains("[fdb]"));
+        assert!(
+            !plain.contains("[fdb]") && configuration(&sockets, true, false, 3).contains("[fdb]")
+        );
+        let client = configuration(&sockets, false, true, 3);
+        assert_eq!(client.matches("mode = \"client\"").count(), 2);
     }
 }

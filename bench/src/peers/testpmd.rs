@@ -28,9 +28,7 @@ impl Peer for Testpmd {
 
     fn start(&self, setup: Setup, place: &Place) -> Result<Box<dyn Switch>> {
         let directory = place.own("t", setup)?;
-        let sockets: Vec<_> = (0..setup.ports)
-            .map(|port| directory.join(port.to_string()))
-            .collect();
+        let sockets = place.sockets(&directory, setup);
         let cpu = place.cpus.switch;
         let mut arguments: Vec<_> = format!(
             "--lcores 0@{cpu},1@{cpu} --main-lcore 0 --no-pci --in-memory --socket-mem 256 --file-prefix=rwbs{} --no-telemetry",
@@ -39,9 +37,10 @@ impl Peer for Testpmd {
         .split_whitespace()
         .map(str::to_owned)
         .collect();
+        let client = u32::from(place.switch_connects());
         for (port, socket) in sockets.iter().enumerate() {
             arguments.push(format!(
-                "--vdev=net_vhost{port},iface={},queues=1",
+                "--vdev=net_vhost{port},iface={},queues=1,client={client}",
                 socket.display()
             ));
         }
@@ -81,7 +80,7 @@ impl Running {
     fn console(&mut self) -> Result<&mut Console> {
         match &mut self.common.runs {
             Runs::Console(console) => Ok(console),
-            Runs::Daemon(_) => bail!("testpmd runs on a terminal"),
+            _ => bail!("testpmd runs on a terminal"),
         }
     }
 }
@@ -103,11 +102,6 @@ impl Switch for Running {
         if !self.records {
             return Ok(None);
         }
-        let forwarded = self.console()?.forwarded()?;
-        Ok(forwarded.cycles.map(|cycles| Work {
-            frames: forwarded.rx,
-            busy: cycles as f64,
-            all: None,
-        }))
+        Ok(self.console()?.forwarded()?.work())
     }
 }

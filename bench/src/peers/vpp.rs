@@ -71,12 +71,15 @@ impl Peer for Vpp {
             socket: cli,
         };
         let version = control.until_it_answers()?;
-        let sockets: Vec<_> = (0..setup.ports)
-            .map(|port| directory.join(port.to_string()))
-            .collect();
+        let sockets = place.sockets(&directory, setup);
         for (port, socket) in sockets.iter().enumerate() {
+            let server = if place.switch_connects() {
+                ""
+            } else {
+                " server"
+            };
             control.ask(&format!(
-                "create vhost-user socket {} server",
+                "create vhost-user socket {}{server}",
                 socket.display()
             ))?;
             control.ask(&format!(
@@ -87,7 +90,7 @@ impl Peer for Vpp {
                 "set interface rx-mode VirtualEthernet0/0/{port} polling"
             ))?;
         }
-        wait_for_sockets(&mut proc, &sockets, &log)?;
+        place.wait_for(&mut proc, &sockets, &log)?;
         Ok(Box::new(Running {
             common: Common {
                 runs: Runs::Daemon(proc),
