@@ -115,7 +115,7 @@ fn probe(
     let step = AddressStep {
         stations: u64::from(stations),
         rate,
-        flooded: outcome.found[2].foreign,
+        flooded: outcome.found[2].tally.foreign,
         lost: outcome.count.lost,
     };
     Ok((session, step))
@@ -208,9 +208,9 @@ fn head_of_line(options: &Rfc2889, target: &Target) -> Result<(Saved, String)> {
         seconds: outcome.count.seconds,
         offered: outcome.count.offered / 2,
         sent: outcome.count.sent / 2,
-        received: outcome.found[port].received,
-        bytes: outcome.found[port].bytes,
-        lost: (outcome.count.sent / 2).saturating_sub(outcome.found[port].received),
+        received: outcome.found[port].tally.received,
+        bytes: outcome.found[port].tally.bytes,
+        lost: (outcome.count.sent / 2).saturating_sub(outcome.found[port].tally.received),
         ..Count::default()
     };
     let (free, congested) = (half(&outcome, 1), half(&outcome, 2));

@@ -1,9 +1,25 @@
 //! What came of a trial, and the distributions of its latencies.
 
 use hdrhistogram::Histogram;
+use ringway::guest::traffic::Tally;
 
 use super::sink::Found;
 use crate::results::{Count, Distribution, Serialized};
+
+/// What receivers found, of so many frames that were to arrive.
+pub(crate) fn counted(tally: &Tally, expected: u64) -> Count {
+    Count {
+        received: tally.received,
+        bytes: tally.bytes,
+        lost: expected.saturating_sub(tally.received + tally.corrupted),
+        duplicated: tally.duplicated,
+        reordered: tally.reordered,
+        corrupted: tally.corrupted,
+        foreign: tally.foreign,
+        verified: tally.verified,
+        ..Count::default()
+    }
+}
 
 /// What came of it.
 pub(crate) struct Outcome {

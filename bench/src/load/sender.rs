@@ -179,10 +179,10 @@ impl Sender {
         (time << FRACTION) / self.interval + 1
     }
 
-    /// Frames on their way that may still come.
+    /// Frames on their way that may still come, those that the closed loop has given up among them.
     pub(crate) fn in_flight(&self) -> u64 {
         let arrived = self.arrived.load(Ordering::Relaxed) - self.before;
-        self.sent.saturating_sub(arrived + self.forgiven)
+        self.sent.saturating_sub(arrived)
     }
 
     /// Sends what is due at `now`; returns how many.

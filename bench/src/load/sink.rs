@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crossbeam::utils::CachePadded;
 use hdrhistogram::Histogram;
 use ringway::dataplane::clock::tsc;
-use ringway::guest::traffic::HEAD;
+use ringway::guest::traffic::{HEAD, Tally};
 use ringway::guest::{Frame, Rx};
 
 use super::stream::{Expected, Head, Read, Verdict};
@@ -20,16 +20,8 @@ pub(crate) type Arrived = Arc<CachePadded<AtomicU64>>;
 /// What was found at a port, or at all of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Found {
-    /// Frames of ours, unchanged, for the first time.
-    pub(crate) received: u64,
-    pub(crate) bytes: u64,
-    /// Numbers skipped and not seen since.
-    pub(crate) missing: u64,
-    pub(crate) duplicated: u64,
-    pub(crate) reordered: u64,
-    pub(crate) corrupted: u64,
-    pub(crate) foreign: u64,
-    pub(crate) verified: u64,
+    /// `received` are frames of ours, unchanged, for the first time.
+    pub(crate) tally: Tally,
     pub(crate) announcements: u64,
     /// Frames of an earlier trial.
     pub(crate) stale: u64,
@@ -37,14 +29,7 @@ pub(crate) struct Found {
 
 impl std::ops::AddAssign for Found {
     fn add_assign(&mut self, other: Self) {
-        self.received += other.received;
-        self.bytes += other.bytes;
-        self.missing += other.missing;
-        self.duplicated += other.duplicated;
-        self.reordered += other.reordered;
-        self.corrupted += other.corrupted;
-        self.foreign += other.foreign;
-        self.verified += other.verified;
+        self.tally += other.tally;
         self.announcements += other.announcements;
         self.stale += other.stale;
     }
@@ -158,11 +143,11 @@ impl Sink {
         let head = match Head::read(frame.words::<5>(), len) {
             Read::Ours(head) => head,
             Read::Corrupted => {
-                self.found.corrupted += 1;
+                self.found.tally.corrupted += 1;
                 return;
             }
             Read::Foreign => {
-                self.found.foreign += 1;
+                self.found.tally.foreign += 1;
                 return;
             }
         };
@@ -177,21 +162,21 @@ impl Sink {
                 self.news.0 = head.stream;
             }
             self.news.1 += 1 + skipped;
-            self.found.missing += skipped;
+            self.found.tally.missing += skipped;
         } else if !self.odd(verdict) {
             return;
         }
         self.until_verify -= 1;
         if self.until_verify == 0 {
             self.until_verify = self.verify_every;
-            self.found.verified += 1;
+            self.found.tally.verified += 1;
             if !frame.matches(HEAD, head.payload(len)) {
-                self.found.corrupted += 1;
+                self.found.tally.corrupted += 1;
                 return;
             }
         }
-        self.found.received += 1;
-        self.found.bytes += len as u64;
+        self.found.tally.received += 1;
+        self.found.tally.bytes += len as u64;
         self.latency(now.saturating_sub(head.stamp).max(1));
     }
 
@@ -200,11 +185,11 @@ impl Sink {
     fn odd(&mut self, verdict: Verdict) -> bool {
         match verdict {
             Verdict::Late => {
-                self.found.missing -= 1;
-                self.found.reordered += 1;
+                self.found.tally.missing -= 1;
+                self.found.tally.reordered += 1;
                 return true;
             }
-            Verdict::Again => self.found.duplicated += 1,
+            Verdict::Again => self.found.tally.duplicated += 1,
             Verdict::Stale => self.found.stale += 1,
             Verdict::Next { .. } => {}
         }
@@ -216,7 +201,7 @@ impl Sink {
         if head.stream == ANNOUNCEMENTS {
             self.found.announcements += 1;
         } else {
-            self.found.foreign += 1;
+            self.found.tally.foreign += 1;
         }
     }
 

@@ -10,7 +10,7 @@ use ringway::dataplane::clock::tsc;
 use ringway::guest::Guest;
 
 use super::fleet::{Fleet, Lane};
-use super::outcome::Outcome;
+use super::outcome::{Outcome, counted};
 use super::sender::{Pace, Sender};
 use super::sink::Found;
 use crate::interrupt;
@@ -230,14 +230,7 @@ impl Fleet {
             seconds: spent.ended.saturating_sub(start) as f64 / self.tsc_hz,
             offered: spent.offered.max(sent),
             sent,
-            received: sum.received,
-            bytes: sum.bytes,
-            lost: expected.saturating_sub(sum.received + sum.corrupted),
-            duplicated: sum.duplicated,
-            reordered: sum.reordered,
-            corrupted: sum.corrupted,
-            foreign: sum.foreign,
-            verified: sum.verified,
+            ..counted(&sum.tally, expected)
         }
     }
 }
@@ -307,7 +300,10 @@ fn drive(lanes: &mut [Lane], run: &Run<'_>, number: usize, cpu: Option<usize>) -
     }
     spent.ended = turn;
     spent.all = turn - run.start;
-    spent.received = lanes.iter().map(|lane| lane.sink.found().received).sum();
+    spent.received = lanes
+        .iter()
+        .map(|lane| lane.sink.found().tally.received)
+        .sum();
     let queues = lanes.iter().flat_map(|lane| &lane.queues);
     spent.offered = queues.map(|queue| queue.sender.offered(turn)).sum();
     // 2. Receive what is still on its way.
