@@ -1,12 +1,13 @@
 //! `ringway-bench neighbour`: what an innocent pair loses by a container that behaves badly.
 
 use anyhow::{Result, bail};
+use ringway::guest::traffic::Tally;
 
 use super::with_ports;
 use crate::load::fleet::{Fleet, Wire};
 use crate::load::frames::Frames;
 use crate::load::frontends::Frontends;
-use crate::load::outcome::Outcome;
+use crate::load::outcome::{Outcome, counted};
 use crate::load::sender::Pace;
 use crate::load::target::{self, Session, Target};
 use crate::load::trial::Trial;
@@ -16,9 +17,14 @@ use crate::results::{Count, Distribution, Measurement, Neighbour, Saved};
 use crate::summary::digits;
 
 /// Measures what the first two containers lose by what the other two do: one floods its partner, one floods everybody, one never
-/// refills its receive ring, one sends every frame from and to another unknown station.
+/// refills its receive ring, one sends every frame from and to another unknown station, and one sends worst-case frames only.
 ///
-/// The innocent pair sends at half of what it can reach alone. All four containers run on the generator's CPU: a part of what is lost
+/// A worst-case frame is short and costs a switch the most it can: it lies in as many descriptors as a chain may have (a frame of 64
+/// bytes with its header in 38 pieces of 2 bytes; in a table of their own where the switch offers INDIRECT_DESC, which is one jump
+/// more), comes from a station never seen before, which has to be learnt, and goes to one that nobody knows, so that it is
+/// flooded. The container's receive buffers are in pieces too.
+///
+/// The innocent pair sends at --percent of what it can reach alone. All four containers run on the generator's CPU: a part of what is lost
 /// is the generator's own time; the refused frames tell it.
 #[derive(Debug, clap::Args)]
 pub(crate) struct NeighbourArgs {
@@ -45,14 +51,17 @@ enum Behaviour {
     FloodsAll,
     NeverRefills,
     Strangers,
+    WorstFrames,
 }
 
 impl Behaviour {
-    const ALL: [Self; 4] = [
+    /// The last one changes the container itself.
+    const ALL: [Self; 5] = [
         Self::Floods,
         Self::FloodsAll,
         Self::NeverRefills,
         Self::Strangers,
+        Self::WorstFrames,
     ];
 
     fn name(self) -> &'static str {
@@ -61,6 +70,9 @@ impl Behaviour {
             Self::FloodsAll => "floods everybody (broadcast)",
             Self::NeverRefills => "never refills its receive ring while it is sent to",
             Self::Strangers => "sends from and to unknown stations only",
+            Self::WorstFrames => {
+                "sends worst-case frames only: in the most descriptors, from and to unknown stations"
+            }
         }
     }
 }
@@ -134,22 +146,18 @@ fn one(options: &NeighbourArgs, target: &Target) -> Result<(Saved, String)> {
 
 /// Wires the innocents, and the others to their behaviour.
 fn prepare(fleet: &mut Fleet, behaviour: Behaviour, innocent: &[Wire]) -> Result<()> {
+    if behaviour == Behaviour::WorstFrames {
+        fleet.attach_again(2, |options| {
+            options.piece = 1;
+            options.indirect = true;
+        })?;
+    }
     let mut wires = innocent.to_vec();
-    let (stations, broadcast) = match behaviour {
-        Behaviour::Floods | Behaviour::FloodsAll => {
-            wires.push(Wire { from: 2, to: 3 });
-            (1, 0)
-        }
-        Behaviour::NeverRefills => {
-            wires.push(Wire { from: 3, to: 2 });
-            (1, 0)
-        }
-        Behaviour::Strangers => {
-            wires.push(Wire { from: 2, to: 3 });
-            (1, 0)
-        }
-    };
-    fleet.wire(&wires, stations, broadcast)?;
+    wires.push(match behaviour {
+        Behaviour::NeverRefills => Wire { from: 3, to: 2 },
+        _ => Wire { from: 2, to: 3 },
+    });
+    fleet.wire(&wires, 1, 0)?;
     fleet.announce(1)?;
     let hostile = if behaviour == Behaviour::NeverRefills {
         3
@@ -161,7 +169,7 @@ fn prepare(fleet: &mut Fleet, behaviour: Behaviour, innocent: &[Wire]) -> Result
     match behaviour {
         Behaviour::FloodsAll => fleet.retarget(2, crate::load::stream::Target::All, 1),
         // A million stations that nobody has announced: each frame is learnt from and flooded.
-        Behaviour::Strangers => fleet.retarget(
+        Behaviour::Strangers | Behaviour::WorstFrames => fleet.retarget(
             2,
             crate::load::stream::Target::Stations(u32::MAX / 2),
             crate::load::stream::FLOWS_MAX,
@@ -174,22 +182,16 @@ fn prepare(fleet: &mut Fleet, behaviour: Behaviour, innocent: &[Wire]) -> Result
 /// What the first two ports sent, received, lost.
 fn of_innocents(outcome: &Outcome) -> (Count, Distribution) {
     let sum = |values: &[u64]| values.iter().take(2).sum::<u64>();
-    let found = &outcome.found[..2];
-    let received = found.iter().map(|found| found.received).sum::<u64>();
+    let mut tally = Tally::default();
+    for found in &outcome.found[..2] {
+        tally += found.tally;
+    }
     let sent = sum(&outcome.sent);
-    let corrupted = found.iter().map(|found| found.corrupted).sum::<u64>();
     let count = Count {
         seconds: outcome.count.seconds,
         offered: sum(&outcome.offered),
         sent,
-        received,
-        bytes: found.iter().map(|found| found.bytes).sum(),
-        lost: sent.saturating_sub(received + corrupted),
-        duplicated: found.iter().map(|found| found.duplicated).sum(),
-        reordered: found.iter().map(|found| found.reordered).sum(),
-        corrupted,
-        foreign: found.iter().map(|found| found.foreign).sum(),
-        verified: found.iter().map(|found| found.verified).sum(),
+        ..counted(&tally, sent)
     };
     (count, outcome.latency_of("innocents", &[0, 1]))
 }
