@@ -17,6 +17,7 @@ use ringway::control::state::{PortState, PortStatus};
 use ringway::guest::{Guest, Options, QueuePair};
 use rustix::fs::{FallocateFlags, fallocate, ftruncate};
 use rustix::process::{Pid, Signal, kill_process};
+use vf_model::{Nic, Pace, VfPolicy, Wire, serve};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -306,6 +307,70 @@ fn operate(switch: &mut Switch) {
     let _ = rude.write_all(b"\0\0\0garbage\r\n\r\n");
 }
 
+/// An uplink behind a vfio-user socket, with a worker that sleeps and is woken by the device; its PF forgets it, its cable is pulled.
+fn uplink(switch: &mut Switch) {
+    let policy = VfPolicy {
+        trusted: true,
+        spoof_check: false,
+        ..VfPolicy::default()
+    };
+    let nic = Nic::new(vf_model::Config {
+        pace: Pace::AtOnce,
+        manual_clock: false,
+        ..vf_model::Config::for_tests(vec![policy])
+    });
+    let (inner, wire) = Wire::pair().expect("a wire");
+    serve::tend(nic.clone(), Some(inner)).expect("a thread");
+    let path = switch.dir.join("vf0.sock");
+    serve::serve_vf(nic.clone(), 0, &path).expect("served");
+    switch.command(&format!(
+        "port add ixgbevf:uplink,vfio-user={}",
+        path.display()
+    ));
+    switch.wait_state("uplink", PortState::Forwarding);
+    let (_blue, mut pairs) = attach(switch, "blue", Options::new(switch.dir.join("blue")));
+    let mut greet = |switch: &mut Switch| {
+        std::thread::sleep(Duration::from_millis(20)); // the worker sleeps by now
+        send(&mut pairs[0], 0xff, 1);
+        let mut buffer = [0; 2048];
+        switch.wait("a frame on the wire", |_| {
+            wire.receive(&mut buffer).is_some()
+        });
+        let own = [2, 0, 0, 0, 0, 1];
+        switch.wait("registered", |_| nic.vf_state(0).macvlans.contains(&own));
+        let frame = [&own[..], &[2, 0, 0, 0, 0, 9], &[0x88, 0xb5], &[7; 60]].concat();
+        assert!(wire.send(&frame), "the wire took it");
+        receive(&mut pairs[0]);
+    };
+    greet(switch);
+    greet(switch);
+    nic.reset_pf(Duration::from_millis(50));
+    switch.wait("it started over", |switch| {
+        let port = switch.port("uplink").expect("there");
+        port.state == PortState::Forwarding
+            && port.uplink.is_some_and(|uplink| uplink.restarts == 1)
+    });
+    greet(switch);
+    nic.set_cable(false);
+    switch.wait_state("uplink", PortState::Connected);
+    nic.set_cable(true);
+    switch.wait_state("uplink", PortState::Forwarding);
+    greet(switch);
+    for line in [
+        "port show uplink",
+        "port move uplink --worker 0",
+        "port del uplink",
+    ] {
+        switch.command(line);
+    }
+    switch.wait("nothing mapped", |_| nic.mappings(0) == 0);
+    let report = nic.report(0);
+    assert!(
+        report.faults.is_empty() && report.misuses.is_empty(),
+        "{report:?}"
+    );
+}
+
 fn uid() -> u32 {
     rustix::process::getuid().as_raw()
 }
@@ -328,6 +393,7 @@ fn every_command_works_under_the_strict_sandbox() {
     traffic(&mut switch, true);
     vanishing_memory(&mut switch);
     operate(&mut switch);
+    uplink(&mut switch);
     traffic(&mut switch, false);
     switch.end();
     // After a crash its sockets are taken over.

@@ -1,5 +1,6 @@
 //! Docker containers without rights: user 65534, no capability, no network, no hugepages, only the socket's folder mounted.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -10,12 +11,13 @@ use testkit::process::{Launch, wait_until};
 use testkit::require;
 use testkit::ringway::{self as switch, Ringway};
 use testkit::testpmd::{Config, Memory, Testpmd, VirtioUser};
+use vf_model::{Nic, Pace, VfPolicy, serve};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const FRAMES: u64 = 20_000;
 
 /// Two containers, each with one port, return each other's frames. Says how many frames they sent.
-fn containers_exchange_frames(docker: &Docker, folder: &std::path::Path) -> Result<u64> {
+fn containers_exchange_frames(docker: &Docker, folder: &Path) -> Result<u64> {
     let blue = VirtioUser::new(folder.join("blue.sock"), 1);
     let red = VirtioUser::new(folder.join("red.sock"), 2);
     let start = |name: &str, port: &VirtioUser, peer: &VirtioUser| -> Result<Testpmd> {
@@ -89,6 +91,37 @@ fn is_guarded(docker: &Docker, api: &str) -> Result<()> {
     Ok(())
 }
 
+/// An uplink of the model, in a bridge of its own.
+fn uplink(folder: &Path) -> Result<String> {
+    let nic = Nic::new(vf_model::Config {
+        manual_clock: false,
+        pace: Pace::AtOnce,
+        ..vf_model::Config::for_tests(vec![VfPolicy::default()])
+    });
+    let path = folder.join("vf0.sock");
+    serve::serve_vf(nic, 0, &path)?;
+    testkit::open_to_all(folder)?;
+    let path = path.display();
+    Ok(format!("ixgbevf:uplink,bridge=wire,vfio-user={path}"))
+}
+
+fn uplink_forwards(docker: &Docker, api: &str) -> Result<()> {
+    let show = [
+        "exec",
+        "switch",
+        "/usr/bin/ringway",
+        "--api",
+        api,
+        "port",
+        "list",
+    ];
+    wait_until("the uplink forwards", PATIENCE, || {
+        let list = docker.command(&show).unwrap_or_default();
+        list.lines()
+            .any(|line| line.contains("uplink") && line.contains("forwarding"))
+    })
+}
+
 #[test]
 #[ignore = "real peer: run by tests/run"]
 fn the_switch_itself_runs_in_a_container_without_rights() -> Result<()> {
@@ -106,6 +139,7 @@ fn the_switch_itself_runs_in_a_container_without_rights() -> Result<()> {
             format!("vhost-user:{port},socket={}", path(&format!("{port}.sock"))),
         ]);
     }
+    line.extend(["--port".to_owned(), uplink(folder.path())?]);
     let mut container = Launch::new("docker-ringway", line).start()?;
     let all = || {
         ["blue.sock", "red.sock", "api.sock"]
@@ -136,6 +170,7 @@ fn the_switch_itself_runs_in_a_container_without_rights() -> Result<()> {
         "the containers sent {sent} frames: {books:?}"
     );
     is_guarded(&docker, &path("api.sock"))?;
+    uplink_forwards(&docker, &path("api.sock"))?;
     docker.command(&["stop", "switch"])?;
     let status = container.wait_exit(PATIENCE)?;
     ensure!(

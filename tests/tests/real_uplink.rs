@@ -268,3 +268,156 @@ fn a_container_is_pinged_by_linux_beyond_the_nic_and_outlives_a_pulled_cable_and
     switch.stop()?;
     model.assert_clean(2)
 }
+
+/// A guest whose VFs are behind an IOMMU, with the switch's program in it: the VF of a card that has its PF in the guest too
+/// (QEMU's igb), and one that was handed through alone (the model's).
+fn guest_with_switch(model: &Model) -> Result<RunningGuest> {
+    let igb = [
+        "-netdev",
+        "hubport,id=h0,hubid=0",
+        "-device",
+        "pcie-root-port,id=rp0,chassis=1",
+        "-device",
+        "igb,netdev=h0,bus=rp0",
+    ];
+    let machine = Machine {
+        iommu: true,
+        modules: vec!["vfio", "net", "igb"],
+        programs: vec![testkit::ringway::binary()?],
+        arguments: igb.map(str::to_owned).into(),
+        ..Machine::new(Kernel::Old, model, 2)
+    };
+    machine.boot()
+}
+
+/// Runs a line that must fail, and must say why.
+fn refused(guest: &mut RunningGuest, line: &str, why: &str) -> Result<()> {
+    let text = guest.command(&format!("! {line} 2>&1"), COMMAND)?;
+    ensure!(text.contains(why), "{line}: {why} is not in\n{text}");
+    Ok(())
+}
+
+fn says(guest: &mut RunningGuest, line: &str, what: &[&str]) -> Result<String> {
+    let text = guest.command(line, COMMAND)?;
+    for part in what {
+        ensure!(text.contains(part), "{line}: {part} is not in\n{text}");
+    }
+    Ok(text)
+}
+
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn the_operators_commands_bring_a_confined_switch_onto_the_kernels_vfio() -> Result<()> {
+    require!(vf::available());
+    let mut model = Model::start(
+        &[
+            "trust,spoofchk=off",
+            "mac=02:00:00:00:00:02,trust,spoofchk=off",
+        ],
+        &[],
+    )?;
+    let mut guest = guest_with_switch(&model)?;
+    // A card with a PF: QEMU's 82576.
+    guest.command("pf=$(basename $(grep -l 0x10c9 /sys/bus/pci/devices/*/device | head -n 1 | xargs dirname)); echo $pf", COMMAND)?;
+    says(
+        &mut guest,
+        "ringway nic list",
+        &["8086:10c9", "PF, 0 of", "8086:10ed", "VF", "ixgbevf"],
+    )?;
+    says(
+        &mut guest,
+        "ringway nic vf create $pf 2 --dry-run",
+        &["echo 2 > /sys/bus/pci/devices/"],
+    )?;
+    refused(&mut guest, "ringway nic vf create $pf 99", "not 99")?;
+    says(&mut guest, "ringway nic vf create $pf 2", &["sriov_numvfs"])?;
+    guest.command(
+        "child=$(basename $(readlink -f /sys/bus/pci/devices/$pf/virtfn0)); echo $child",
+        COMMAND,
+    )?;
+    says(&mut guest, "ringway nic list", &["PF, 2 of", "VF of 0000:"])?;
+    says(&mut guest, "ringway nic bind $child", &["drivers_probe"])?;
+    guest.command(
+        "readlink /sys/bus/pci/devices/$child/driver | grep vfio-pci",
+        COMMAND,
+    )?;
+    says(&mut guest, "ringway nic bind $child", &["nothing to do"])?;
+    says(
+        &mut guest,
+        "ringway nic unbind $child",
+        &["driver_override"],
+    )?;
+    guest.command(
+        "! readlink /sys/bus/pci/devices/$child/driver | grep vfio-pci",
+        COMMAND,
+    )?;
+    refused(&mut guest, "ringway nic bind $pf", "is no VF")?;
+    // The model's VF, in use by the kernel, then handed over.
+    guest.command(
+        "vf=$(basename $(readlink -f /sys/class/net/eth0/device)); ip link set eth0 up",
+        COMMAND,
+    )?;
+    refused(&mut guest, "ringway nic bind $vf", "ip link set eth0 down")?;
+    guest.command("ip link set eth0 down", COMMAND)?;
+    says(&mut guest, "ringway nic bind $vf", &["drivers_probe"])?;
+    says(
+        &mut guest,
+        "ringway doctor",
+        &["IOMMU", "groups handed to it"],
+    )?;
+    on_the_wire(&mut guest, &mut model)
+}
+
+/// The switch on the VF `$vf`, its peer the kernel's eth1.
+fn on_the_wire(guest: &mut RunningGuest, model: &mut Model) -> Result<()> {
+    let wait = "for i in $(seq 200); do ringway port show uplink 2>&1 | grep -q 'state *forwarding' && break; sleep 0.1; done";
+    let start = format!(
+        "mkdir -p /run/r; export RINGWAY_API=/run/r/api.sock; (ringway run --workers 1 --sandbox strict --port ixgbevf:uplink,device=$vf \
+         --port vhost-user:blue,socket=/run/r/blue.sock >/tmp/log 2>&1; echo ended $? >>/tmp/log) & {wait}; cat /tmp/log"
+    );
+    guest.command(&start, COMMAND)?;
+    says(
+        guest,
+        "ringway port show uplink",
+        &["forwarding", "from wire", "82599", "10,000 Mbit/s"],
+    )?;
+    guest.command(
+        "ip addr add 10.0.0.2/24 dev eth1 && ip link set eth1 up && sleep 3; ping -c 3 -W 1 10.0.0.1; true",
+        COMMAND,
+    )?;
+    let received = |guest: &mut RunningGuest| -> Result<u64> {
+        let text = guest.command("ringway stats --json", COMMAND)?;
+        let at = text.find('{').context("JSON")?;
+        let mut values =
+            serde_json::Deserializer::from_str(&text[at..]).into_iter::<serde_json::Value>();
+        let stats = values.next().context("JSON")??;
+        stats["ports"]["uplink"]["received"]
+            .as_u64()
+            .context("a number")
+    };
+    let heard = received(guest)?;
+    ensure!(heard > 0 && heard <= model.seen(0)?.rx_frames, "{heard}");
+    // Another switch does not get the VF.
+    let other = "export RINGWAY_API=/run/r/other.sock; ringway run --port ixgbevf:second,device=$vf >/dev/null 2>&1 & other=$!; \
+         for i in $(seq 100); do RINGWAY_API=/run/r/other.sock ringway port list 2>&1 | grep second: && break; sleep 0.1; done; kill $other; \
+         export RINGWAY_API=/run/r/api.sock";
+    says(guest, other, &["another process uses this group"])?;
+    // The PF forgets it; it comes back by itself.
+    model.command("reset-pf 500")?;
+    guest.command("sleep 2", COMMAND)?;
+    guest.command(wait, COMMAND)?;
+    says(
+        guest,
+        "ringway port show uplink",
+        &["forwarding", "started over 1 times"],
+    )?;
+    guest.command("ping -c 8 -W 1 10.0.0.9; true", COMMAND)?;
+    ensure!(received(guest)? > heard, "frames after the reset");
+    guest.command("kill $(pidof ringway); for i in $(seq 100); do grep -q ended /tmp/log && break; sleep 0.1; done; cat /tmp/log; grep 'ended 0' /tmp/log", COMMAND)?;
+    says(guest, "ringway nic unbind $vf", &["driver_override"])?;
+    guest.command(
+        "readlink /sys/bus/pci/devices/$vf/driver | grep ixgbevf",
+        COMMAND,
+    )?;
+    model.assert_clean(2)
+}

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use ringway::control::config::Workers;
+use ringway::control::metrics;
 use ringway::control::spec::parse_port;
-use ringway::control::state::{PortState, PortStatus};
-use testkit::topology::{BROADCAST, Net, PATIENCE, Station, frame};
+use ringway::control::state::{Direction, PortState, PortStatus, RingKind, WorkerStatus};
+use testkit::topology::{BROADCAST, Net, PATIENCE, Station, frame, last_cpu};
 use vf_model::{Config, InProcess, Nic, Pace, VfPolicy, Wire, serve};
 use vfio_pmd::{Options, QueuePair, Vf};
 
@@ -287,15 +289,142 @@ fn refused_addresses_are_named_with_the_remedy() -> Result<()> {
         "{why}"
     );
     ensure!(status.state == PortState::Forwarding);
+    let uplink = status.uplink.context("an uplink")?;
+    let refused = uplink.refused.first().context("named alone too")?;
+    ensure!(refused.mac.to_bytes() == blue.mac() && refused.remedy.contains("trust on"));
+    ensure!(uplink.refusals >= 1 && uplink.registered == 0, "{uplink:?}");
+    let text = metrics::encode(net.switch().stats(), &[net.port("uplink")?]);
+    let line = r#"ringway_uplink_addresses_refused{port="uplink"} 1"#;
+    ensure!(text.contains(line), "{text}");
     // The administrator does so, which costs the VF its leave to send; it comes back and is not refused any more.
     lab.nic.set_policy(0, |policy| {
         policy.trusted = true;
         policy.spoof_check = false;
     });
     lab.registered(blue.mac())?;
-    wait_status(&net, "no complaint", |port| {
-        port.state == PortState::Forwarding && port.reason.is_none()
+    let status = wait_status(&net, "no complaint", |port| {
+        let registered = port.uplink.as_ref().map(|uplink| uplink.registered);
+        port.state == PortState::Forwarding && port.reason.is_none() && registered == Some(1)
     })?;
+    let now = status.uplink.context("an uplink")?;
+    ensure!(now.refused.is_empty() && now.restarts == 1, "{now:?}");
+    ensure!(now.refusals >= uplink.refusals, "what was counted stays");
+    Ok(())
+}
+
+#[test]
+fn stations_beyond_the_pool_of_addresses_are_refused_until_others_leave() -> Result<()> {
+    let lab = Lab::new(trusted(None))?;
+    let net = lab.up(&["blue", "red"], "")?;
+    let [mut blue, mut red] = net.attach(["blue", "red"])?;
+    // 128 addresses, of which the PF keeps 16 and one for each VF.
+    for number in 0..120u8 {
+        blue.send(&frame(BROADCAST, [2, 0, 0, 0, 7, number], b"one of many"))?;
+    }
+    let full = |port: &PortStatus| {
+        let uplink = port.uplink.as_ref();
+        uplink.is_some_and(|uplink| uplink.registered + uplink.refused.len() as u64 == 120)
+    };
+    let status = wait_status(&net, "a full pool", full)?;
+    let uplink = status.uplink.context("an uplink")?;
+    ensure!(
+        uplink.registered == 110 && uplink.refused.len() == 10,
+        "{uplink:?}"
+    );
+    ensure!(uplink.refused[0].remedy.contains("used up"), "{uplink:?}");
+    ensure!(uplink.refusals >= 10);
+    // The container leaves with its stations: there is room for another's.
+    drop(blue);
+    net.wait_state("blue", PortState::Listening)?;
+    red.send(&frame(BROADCAST, [2, 0, 0, 0, 8, 1], b"a newcomer"))?;
+    lab.registered([2, 0, 0, 0, 8, 1])?;
+    wait_status(&net, "nobody refused", |port| {
+        port.reason.is_none()
+            && port
+                .uplink
+                .as_ref()
+                .is_some_and(|uplink| uplink.refused.is_empty())
+    })?;
+    Ok(())
+}
+
+/// The uplink's queues are with the worker on this CPU, by its rows and by the worker's own list.
+fn all_with(net: &Net, cpu: usize) -> Result<()> {
+    let status = net.port("uplink")?;
+    let inward = status
+        .queues
+        .iter()
+        .filter(|queue| queue.direction.inward());
+    ensure!(
+        inward.map(|queue| queue.worker).eq([Some(cpu); 2]),
+        "{status:?}"
+    );
+    let workers = net.switch().stats().workers;
+    let polls = |worker: &WorkerStatus| {
+        let queues = worker.queues.iter();
+        queues.filter(|queue| queue.port == "uplink").count()
+    };
+    let polled: Vec<_> = workers
+        .iter()
+        .filter(|worker| polls(worker) > 0)
+        .map(|worker| (worker.cpu, polls(worker)))
+        .collect();
+    ensure!(polled == [(cpu, 2)], "{workers:?}");
+    Ok(())
+}
+
+#[test]
+fn queues_are_shown_and_move_from_worker_to_worker() -> Result<()> {
+    if last_cpu() == 0 {
+        eprintln!("SKIPPED: one CPU has one worker");
+        return Ok(());
+    }
+    let lab = Lab::new(trusted(None))?;
+    serve::serve_vf(lab.nic.clone(), 0, &lab.socket())?;
+    let text = format!(
+        "ixgbevf:uplink,vfio-user={},queues=2",
+        lab.socket().display()
+    );
+    let uplink = parse_port(&text, "test")?;
+    let net = Net::start(&["blue"], |config| {
+        config.ports.push(uplink);
+        config.workers = Workers::Cpus(vec![0, last_cpu()]);
+    })?;
+    let status = net.wait_state("uplink", PortState::Forwarding)?;
+    let rows = status.queues.iter();
+    let rows = rows.map(|queue| (queue.pair, queue.direction, queue.worker.is_some()));
+    ensure!(
+        rows.eq([
+            (0, Direction::ToWire, false),
+            (0, Direction::FromWire, true),
+            (1, Direction::ToWire, false),
+            (1, Direction::FromWire, true)
+        ]),
+        "{status:?}"
+    );
+    let mut rows = status.queues.iter();
+    ensure!(rows.all(|queue| queue.ring == RingKind::Nic && queue.size == 512 && queue.enabled));
+    let [mut blue] = net.attach(["blue"])?;
+    greet(&lab, &mut blue)?;
+    for _ in 0..2 {
+        for cpu in [0, last_cpu()] {
+            for pair in 0..2 {
+                net.switch().move_queue("uplink", pair, cpu)?;
+            }
+            greet(&lab, &mut blue)?;
+            all_with(&net, cpu)?;
+        }
+        // Whoever starts over stays where he was put.
+        lab.nic.reset_pf(Duration::from_millis(50));
+        wait_status(&net, "the loss noticed", |port| {
+            port.state == PortState::Connecting
+        })?;
+        net.wait_state("uplink", PortState::Forwarding)?;
+        all_with(&net, last_cpu())?;
+    }
+    let rows = net.port("uplink")?.queues;
+    let received: u64 = rows.iter().map(|queue| queue.counters.received).sum();
+    ensure!(received >= 4, "rows count: {rows:?}");
     Ok(())
 }
 

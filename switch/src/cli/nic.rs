@@ -6,7 +6,7 @@ use anyhow::anyhow;
 use clap::{Args, Subcommand};
 
 use super::table::{Output, table};
-use crate::control::nic::{Nic, Step, bind, create_vfs, list, perform, unbind};
+use crate::control::nic::{Nic, Step, bind, bound, create_vfs, list, perform, unbind};
 
 /// Where, and whether only to tell.
 #[derive(Debug, Args)]
@@ -71,6 +71,9 @@ pub(super) fn run(command: &NicCommand, output: Output) -> anyhow::Result<()> {
     let steps = steps.map_err(|why| anyhow!(why))?;
     if !how.dry_run {
         perform(&steps).map_err(|why| anyhow!(why))?;
+        if let NicCommand::Bind { address, how } = command {
+            bound(&how.root, address).map_err(|why| anyhow!(why))?;
+        }
     }
     output.show(&steps, |steps| told(steps))
 }
@@ -90,6 +93,7 @@ fn show(nics: &[Nic]) -> String {
     let rows = nics.iter().map(|nic| {
         let kind = match (&nic.pf, nic.vfs) {
             (Some(pf), _) => format!("VF of {pf}"),
+            (None, _) if nic.is_vf() => "VF".to_owned(),
             (None, Some((now, most))) => format!("PF, {now} of {most} VFs"),
             (None, None) => "-".to_owned(),
         };

@@ -9,6 +9,7 @@ use super::table::{Output, count, duration, size, table};
 use crate::control::spec::parse_port;
 use crate::control::state::{
     Counters, Direction, PortSpec, PortStatus, QueueMove, QueueStatus, RingKind, SocketMode,
+    UplinkStatus,
 };
 
 /// What to do with ports.
@@ -17,11 +18,13 @@ pub(super) enum PortCommand {
     /// Add a port: type:name,key=value,...
     #[command(after_help = "\
 Keys: socket (needed), mode=server|client, queues=1..16, bridge, mtu, hugepages=any|required, socket-mode=0660,
-socket-owner=user:group, workers=2+3. configs/all-options.toml explains each.
+socket-owner=user:group, workers=2+3; of an uplink (ixgbevf): device or vfio-user in place of socket, queues=1|2|4.
+configs/all-options.toml explains each.
 
 Examples:
   ringway port add vhost-user:blue,socket=/run/ringway/ports/blue/vhost.sock
-  ringway port add vhost-user:green,socket=/run/r/green.sock,mode=client,queues=2")]
+  ringway port add vhost-user:green,socket=/run/r/green.sock,mode=client,queues=2
+  ringway port add ixgbevf:uplink,device=0000:81:10.0")]
     Add {
         /// The port.
         #[arg(value_name = "TYPE:NAME,KEY=VALUE,...")]
@@ -98,14 +101,14 @@ pub(super) fn run(command: &PortCommand, client: &Client, output: Output) -> any
 
 /// The port text with the socket's path whole: the switch may run in another directory than this command.
 pub(super) fn absolute_socket(text: &str, directory: &Path) -> String {
-    let parts = text
-        .split(',')
-        .map(|part| match part.strip_prefix("socket=") {
-            Some(path) if !path.is_empty() && !path.contains("..") => {
-                format!("socket={}", directory.join(path).display())
-            }
-            _ => part.to_owned(),
-        });
+    let parts = text.split(',').map(|part| match part.split_once('=') {
+        Some((key @ ("socket" | "vfio-user"), path))
+            if !path.is_empty() && !path.contains("..") =>
+        {
+            format!("{key}={}", directory.join(path).display())
+        }
+        _ => part.to_owned(),
+    });
     parts.collect::<Vec<_>>().join(",")
 }
 
@@ -143,7 +146,7 @@ fn list(ports: &[PortStatus]) -> String {
 fn running_pairs(queues: &[QueueStatus]) -> usize {
     queues
         .iter()
-        .filter(|queue| queue.direction == Direction::FromGuest && queue.enabled)
+        .filter(|queue| queue.direction.inward() && queue.enabled)
         .count()
 }
 
@@ -209,7 +212,35 @@ fn show(port: &PortStatus) -> String {
         text += "\n";
         text += &queues(&port.queues);
     }
+    if let Some(status) = &port.uplink {
+        text += &uplink(status);
+    }
     text + &drops(&port.counters)
+}
+
+fn uplink(status: &UplinkStatus) -> String {
+    let mac = status.mac.map_or("-".to_owned(), |mac| mac.to_string());
+    let link = match status.link_mbit {
+        0 => "none".to_owned(),
+        mbit => format!("{} Mbit/s", count(mbit.into())),
+    };
+    let mut text = format!(
+        "\nVF {mac}, mailbox {}, link {link}, frames up to {} bytes; the PF delivers {} stations, refused {} times; started over {} times\n",
+        status.api,
+        status.frame_max,
+        count(status.registered),
+        count(status.refusals),
+        count(status.restarts),
+    );
+    if !status.refused.is_empty() {
+        text += "\n";
+        let refused = status.refused.iter();
+        text += &table(
+            &["REFUSED BY THE PF", "REMEDY"],
+            refused.map(|address| vec![address.mac.to_string(), address.remedy.clone()]),
+        );
+    }
+    text
 }
 
 fn queues(queues: &[QueueStatus]) -> String {
@@ -228,13 +259,20 @@ fn queues(queues: &[QueueStatus]) -> String {
         &head,
         queues.iter().map(|queue| {
             let counters = &queue.counters;
-            let (direction, frames, bytes) = match queue.direction {
-                Direction::FromGuest => ("from guest", counters.received, counters.received_bytes),
-                Direction::ToGuest => ("to guest", counters.sent, counters.sent_bytes),
+            let direction = match queue.direction {
+                Direction::FromGuest => "from guest",
+                Direction::ToGuest => "to guest",
+                Direction::FromWire => "from wire",
+                Direction::ToWire => "to wire",
+            };
+            let (frames, bytes) = match queue.direction.inward() {
+                true => (counters.received, counters.received_bytes),
+                false => (counters.sent, counters.sent_bytes),
             };
             let ring = match queue.ring {
                 RingKind::Split => "split",
                 RingKind::Packed => "packed",
+                RingKind::Nic => "82599",
             };
             vec![
                 queue.pair.to_string(),
@@ -268,7 +306,8 @@ fn drops(counters: &Counters) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::state::PortState;
+    use crate::control::state::{PortState, RefusedAddress};
+    use crate::dataplane::eth::Mac;
 
     #[test]
     fn makes_a_relative_socket_whole() {
@@ -300,6 +339,7 @@ mod tests {
                 dropped: [("port_down".to_owned(), 4321)].into(),
                 ..Counters::default()
             },
+            uplink: None,
         };
         let text = show(&port);
         for part in [
@@ -312,5 +352,23 @@ mod tests {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
         assert!(list(&[port]).ends_with("blue: nobody listens: start the container\n"));
+        let refused = UplinkStatus {
+            link_mbit: 10_000,
+            refused: vec![RefusedAddress {
+                mac: Mac::from_bytes([2, 0, 0, 0, 0, 7]),
+                remedy: "set trust on".to_owned(),
+            }],
+            refusals: 3,
+            ..UplinkStatus::default()
+        };
+        let text = uplink(&refused);
+        for part in [
+            "10,000 Mbit/s",
+            "refused 3 times",
+            "02:00:00:00:00:07",
+            "set trust on",
+        ] {
+            assert!(text.contains(part), "{part} is not in\n{text}");
+        }
     }
 }

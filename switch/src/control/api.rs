@@ -337,13 +337,8 @@ async fn workers(State(desk): State<Desk>) -> Result<Json<Vec<WorkerStatus>>, Re
 #[utoipa::path(get, path = "/metrics", responses((status = 200, body = String, content_type = "application/openmetrics-text")))]
 async fn metrics_text(State(desk): State<Desk>) -> Result<Response, Refusal> {
     let Json(text) = ask(desk, |desk| {
-        let states = desk
-            .operator
-            .ports()
-            .into_iter()
-            .map(|port| (port.spec.name, port.state))
-            .collect();
-        Ok(metrics::encode(desk.operator.stats(), states))
+        let ports = desk.operator.ports();
+        Ok(metrics::encode(desk.operator.stats(), &ports))
     })
     .await?;
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())

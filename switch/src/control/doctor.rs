@@ -3,6 +3,7 @@
 
 mod memory;
 mod processors;
+mod vfio;
 
 use std::fs;
 use std::path::Path;
@@ -99,7 +100,7 @@ pub fn examine(root: &Path, workers: &[usize]) -> Vec<Check> {
         flags: cpu_flags(root),
         cpus,
     };
-    let checks: [fn(&Host<'_>) -> Check; 19] = [
+    let checks: [fn(&Host<'_>) -> Check; 22] = [
         kernel,
         processors::cpuset,
         processors::cpu_quota,
@@ -119,6 +120,9 @@ pub fn examine(root: &Path, workers: &[usize]) -> Vec<Check> {
         memory::seccomp,
         memory::descriptors,
         |host| aio(host.root),
+        vfio::iommu,
+        vfio::groups,
+        vfio::vfio,
     ];
     checks.iter().map(|check| check(&host)).collect()
 }

@@ -10,15 +10,25 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
-use super::state::{Counters, PortState, StatsReport, WorkerStatus};
+use super::state::{Counters, PortState, PortStatus, StatsReport, UplinkStatus, WorkerStatus};
 
 /// What the text is called in HTTP.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// The text for one moment.
-pub fn encode(stats: StatsReport, states: BTreeMap<String, PortState>) -> String {
+pub fn encode(stats: StatsReport, ports: &[PortStatus]) -> String {
     let mut registry = Registry::with_prefix("ringway");
-    registry.register_collector(Box::new(Moment { stats, states }));
+    let states = ports
+        .iter()
+        .map(|port| (port.spec.name.clone(), port.state));
+    let uplinks = ports
+        .iter()
+        .filter_map(|port| Some((port.spec.name.clone(), port.uplink.clone()?)));
+    registry.register_collector(Box::new(Moment {
+        stats,
+        states: states.collect(),
+        uplinks: uplinks.collect(),
+    }));
     let mut text = String::new();
     // Writing to a String does not fail.
     let _ = prometheus_client::encoding::text::encode(&mut text, &registry);
@@ -29,6 +39,7 @@ pub fn encode(stats: StatsReport, states: BTreeMap<String, PortState>) -> String
 struct Moment {
     stats: StatsReport,
     states: BTreeMap<String, PortState>,
+    uplinks: BTreeMap<String, UplinkStatus>,
 }
 
 type Labels<'a> = Vec<(&'static str, &'a str)>;
@@ -60,6 +71,41 @@ const COUNTERS: [CounterOf; 5] = [
     ),
 ];
 
+type UplinkValue = (&'static str, &'static str, Kind, fn(&UplinkStatus) -> u64);
+
+const UPLINKS: [UplinkValue; 5] = [
+    (
+        "uplink_address_refusals",
+        "Times the PF refused a station's address (trust on, spoofchk off; the pool of addresses is shared)",
+        Kind::Counter,
+        |uplink| uplink.refusals,
+    ),
+    (
+        "uplink_restarts",
+        "Times the VF had to start over: its PF was reset or took its leave to send",
+        Kind::Counter,
+        |uplink| uplink.restarts,
+    ),
+    (
+        "uplink_addresses_refused",
+        "Stations the wire cannot reach because the PF refused their addresses",
+        Kind::Gauge,
+        |uplink| uplink.refused.len() as u64,
+    ),
+    (
+        "uplink_addresses_registered",
+        "Stations whose frames the PF delivers",
+        Kind::Gauge,
+        |uplink| uplink.registered,
+    ),
+    (
+        "uplink_link_mbits",
+        "Speed of the link in Mbit/s, 0 without one",
+        Kind::Gauge,
+        |uplink| uplink.link_mbit.into(),
+    ),
+];
+
 type WorkerCounter = (&'static str, &'static str, fn(&WorkerStatus) -> u64);
 
 const WORKER_COUNTERS: [WorkerCounter; 5] = [
@@ -87,6 +133,12 @@ const WORKER_COUNTERS: [WorkerCounter; 5] = [
 impl Collector for Moment {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         self.ports(&mut encoder)?;
+        for (name, help, kind, read) in UPLINKS {
+            let uplinks = self.uplinks.iter();
+            let values =
+                uplinks.map(|(port, uplink)| (vec![("port", port.as_str())], read(uplink)));
+            family(&mut encoder, name, help, kind, values)?;
+        }
         self.workers(&mut encoder)?;
         self.whole(&mut encoder)
     }
@@ -219,6 +271,7 @@ fn family<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::state::PortSpec;
 
     #[test]
     fn names_every_port_reason_state_and_worker() {
@@ -230,13 +283,34 @@ mod tests {
         };
         stats.ports.insert("blue".into(), blue);
         stats.fdb.used = 5;
-        let text = encode(stats, [("blue".to_owned(), PortState::Forwarding)].into());
+        let uplink = UplinkStatus {
+            refusals: 9,
+            registered: 4,
+            ..UplinkStatus::default()
+        };
+        let port = PortStatus {
+            spec: PortSpec::vhost_user("blue", "/run/blue"),
+            state: PortState::Forwarding,
+            reason: None,
+            since_seconds: 1,
+            connects: 1,
+            peer: None,
+            features: vec![],
+            protocol_features: vec![],
+            memory: vec![],
+            queues: vec![],
+            counters: Counters::default(),
+            uplink: Some(uplink),
+        };
+        let text = encode(stats, &[port]);
         for line in [
             "# TYPE ringway_port_received_frames counter",
             "ringway_port_received_frames_total{port=\"blue\"} 7",
             "ringway_port_dropped_frames_total{port=\"blue\",reason=\"tx_full\"} 3",
             "ringway_port_state{port=\"blue\",state=\"forwarding\"} 1",
             "ringway_fdb_stations 5",
+            "ringway_uplink_address_refusals_total{port=\"blue\"} 9",
+            "ringway_uplink_addresses_registered{port=\"blue\"} 4",
         ] {
             assert!(
                 text.lines().any(|found| found == line),

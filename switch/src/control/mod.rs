@@ -29,6 +29,7 @@ mod status;
 pub mod switch;
 mod toml_file;
 pub mod uplink;
+mod uplink_status;
 mod vhost_device;
 mod vhost_door;
 mod vhost_filter;

@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -27,20 +28,54 @@ pub struct Nic {
     pub node: Option<i32>,
     /// The kernel's interfaces and their states.
     pub interfaces: Vec<(String, String)>,
+    /// Those of them that are set up, with a link or without.
+    #[serde(skip)]
+    up: Vec<String>,
 }
 
-/// One write.
+/// VFs that an uplink can have.
+const VFS: [&str; 6] = [
+    "8086:10ed",
+    "8086:152e",
+    "8086:1515",
+    "8086:1565",
+    "8086:15a8",
+    "8086:15c5",
+];
+/// Memory that the rings of four queue pairs take, in hugepages.
+const RINGS: u64 = 16 << 20;
+/// `CAP_IPC_LOCK` (linux/capability.h).
+const IPC_LOCK: u32 = 14;
+
+/// One write, or the end of a file of ours.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Step {
     /// The file.
     pub file: PathBuf,
-    /// What goes into it.
-    pub text: String,
+    /// What goes into it; none: it is removed.
+    pub text: Option<String>,
+}
+
+impl Step {
+    fn write(file: PathBuf, text: impl Into<String>) -> Step {
+        let text = Some(text.into());
+        Step { file, text }
+    }
 }
 
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "echo {} > {}", self.text, self.file.display())
+        match &self.text {
+            Some(text) => write!(f, "echo {text} > {}", self.file.display()),
+            None => write!(f, "rm {}", self.file.display()),
+        }
+    }
+}
+
+impl Nic {
+    /// A VF: of a PF of this host, or handed through to this virtual machine, which sees no PF.
+    pub fn is_vf(&self) -> bool {
+        self.pf.is_some() || VFS.contains(&&*self.id)
     }
 }
 
@@ -91,6 +126,17 @@ fn read(root: &Path, address: &str) -> Option<Nic> {
         let state = text(at.join("net").join(&name).join("operstate")).unwrap_or_default();
         (name, state)
     };
+    let interfaces: Vec<(String, String)> = names(at.join("net")).into_iter().map(state).collect();
+    // A VF without a carrier is "down" and nevertheless somebody's: IFF_UP is what counts.
+    let set_up = |name: &String| {
+        let flags = text(at.join("net").join(name).join("flags")).unwrap_or_default();
+        u32::from_str_radix(flags.trim_start_matches("0x"), 16).is_ok_and(|flags| flags & 1 == 1)
+    };
+    let up = interfaces
+        .iter()
+        .filter(|(name, state)| state == "up" || set_up(name))
+        .map(|(name, _)| name.clone())
+        .collect();
     Some(Nic {
         address: address.to_owned(),
         id: format!("{}:{}", hex("vendor")?, hex("device")?),
@@ -99,7 +145,8 @@ fn read(root: &Path, address: &str) -> Option<Nic> {
         driver: link(at.join("driver")),
         group: link(at.join("iommu_group")),
         node: text(at.join("numa_node")).and_then(|node| node.parse().ok()),
-        interfaces: names(at.join("net")).into_iter().map(state).collect(),
+        interfaces,
+        up,
     })
 }
 
@@ -130,10 +177,7 @@ pub fn create_vfs(root: &Path, pf: &str, count: u32) -> Result<Vec<Step>, String
         return Ok(Vec::new());
     }
     let file = devices(root).join(&nic.address).join("sriov_numvfs");
-    let step = |count: u32| Step {
-        file: file.clone(),
-        text: count.to_string(),
-    };
+    let step = |count: u32| Step::write(file.clone(), count.to_string());
     if now > 0 && count > 0 {
         return Err(format!(
             "{pf} has {now} VFs, and their number changes only from or to 0, which takes them away from whoever uses them: \
@@ -149,7 +193,7 @@ pub fn bind(root: &Path, address: &str) -> Result<Vec<Step>, String> {
     if nic.driver.as_deref() == Some("vfio-pci") {
         return Ok(Vec::new());
     }
-    if nic.pf.is_none() {
+    if !nic.is_vf() {
         return Err(format!(
             "{address} is no VF: make one with `ringway nic vf create {address} 4`"
         ));
@@ -159,7 +203,7 @@ pub fn bind(root: &Path, address: &str) -> Result<Vec<Step>, String> {
             "{address} is in no IOMMU group: turn the IOMMU on (intel_iommu=on or amd_iommu=on on the kernel's command line, VT-d in the firmware)"
         ));
     };
-    if let Some((name, _)) = nic.interfaces.iter().find(|(_, state)| state == "up") {
+    if let Some(name) = nic.up.first() {
         return Err(format!(
             "{address} is in use as {name}, which is up: ip link set {name} down"
         ));
@@ -167,51 +211,114 @@ pub fn bind(root: &Path, address: &str) -> Result<Vec<Step>, String> {
     if !root.join("sys/bus/pci/drivers/vfio-pci").exists() {
         return Err("the driver vfio-pci is not loaded: modprobe vfio-pci".to_owned());
     }
-    let members = devices(root).join(address).join("iommu_group/devices");
-    for other in names(members).iter().filter(|other| *other != address) {
-        let driver = link(devices(root).join(other).join("driver"));
-        if let Some(driver) = driver.filter(|driver| !matches!(&**driver, "vfio-pci" | "pcieport"))
-        {
-            return Err(format!(
-                "IOMMU group {group} of {address} is not viable: {other} in it is bound to {driver}"
-            ));
-        }
+    if let Some((other, driver)) = not_viable(root, address) {
+        return Err(format!(
+            "IOMMU group {group} of {address} is not viable: {other} in it is bound to {driver}, and VFIO hands out whole groups: \
+             unbind it, or put the card into a slot with a group of its own (ACS)"
+        ));
     }
-    Ok(rebind(root, &nic, "vfio-pci"))
+    memlock(root)?;
+    let mut steps = Vec::new();
+    let before = text(devices(root).join(address).join("driver_override"));
+    if let Some(before) = before.filter(|text| !matches!(&**text, "" | "(null)" | "vfio-pci")) {
+        steps.push(Step::write(kept(root, address), before));
+    }
+    steps.extend(rebind(root, &nic, "vfio-pci"));
+    Ok(steps)
+}
+
+/// Whether this process may pin what the rings of a VF take, as a switch started by the same user would have to.
+fn memlock(root: &Path) -> Result<(), String> {
+    let mine = |file: &str, key: &str| -> Option<String> {
+        let all = text(root.join("proc/self").join(file))?;
+        let line = all.lines().find_map(|line| line.strip_prefix(key))?;
+        Some(line.split_whitespace().next()?.to_owned())
+    };
+    let capabilities = mine("status", "CapEff:").and_then(|set| u64::from_str_radix(&set, 16).ok());
+    if capabilities.is_some_and(|set| set >> IPC_LOCK & 1 == 1) {
+        return Ok(());
+    }
+    let limit = mine("limits", "Max locked memory").and_then(|limit| limit.parse::<u64>().ok());
+    match limit {
+        Some(bytes) if bytes < RINGS => Err(format!(
+            "the memlock limit is {} KiB, and a VF's rings take up to {} KiB that must stay in memory: ulimit -l unlimited (systemd: \
+             LimitMEMLOCK=infinity; docker run --ulimit memlock=-1)",
+            bytes >> 10,
+            RINGS >> 10
+        )),
+        _ => Ok(()), // unlimited, or unknown
+    }
+}
+
+/// Another device of the same IOMMU group that a driver of the kernel has, and that driver.
+pub(super) fn not_viable(root: &Path, address: &str) -> Option<(String, String)> {
+    let members = names(devices(root).join(address).join("iommu_group/devices"));
+    let others = members.into_iter().filter(|other| other != address);
+    others
+        .filter_map(|other| {
+            let driver = link(devices(root).join(&other).join("driver"))?;
+            Some((other, driver))
+        })
+        .find(|(_, driver)| !matches!(&**driver, "vfio-pci" | "pcieport"))
+}
+
+/// Where the driver override that a device had before is kept.
+fn kept(root: &Path, address: &str) -> PathBuf {
+    root.join("run/ringway/nic").join(address)
+}
+
+/// Whether VFIO has a device, after it was bound.
+pub fn bound(root: &Path, address: &str) -> Result<(), String> {
+    match find(root, address)?.driver.as_deref() {
+        Some("vfio-pci") => Ok(()),
+        driver => Err(format!(
+            "{address} is bound to {}, not to vfio-pci, although all was done for that: see dmesg",
+            driver.unwrap_or("nothing")
+        )),
+    }
 }
 
 /// What gives a device back to the kernel's own driver.
 pub fn unbind(root: &Path, address: &str) -> Result<Vec<Step>, String> {
     let nic = find(root, address)?;
-    match nic.driver.as_deref() {
-        Some("vfio-pci") => Ok(rebind(root, &nic, "")),
-        Some(other) => Err(format!(
+    if let Some(other) = nic.driver.as_deref().filter(|driver| *driver != "vfio-pci") {
+        return Err(format!(
             "{address} is bound to {other}, not to vfio-pci: nothing to undo"
-        )),
-        None => Ok(rebind(root, &nic, "")),
+        ));
     }
+    let kept = kept(root, address);
+    let before = text(kept.clone());
+    let mut steps = rebind(root, &nic, before.as_deref().unwrap_or(""));
+    steps.extend(before.map(|_| Step {
+        file: kept,
+        text: None,
+    }));
+    Ok(steps)
 }
 
 fn rebind(root: &Path, nic: &Nic, driver: &str) -> Vec<Step> {
     let at = devices(root).join(&nic.address);
-    let step = |file: PathBuf, text: &str| Step {
-        file,
-        text: text.to_owned(),
-    };
-    let mut steps = vec![step(at.join("driver_override"), driver)];
+    let mut steps = vec![Step::write(at.join("driver_override"), driver)];
     if nic.driver.is_some() {
-        steps.push(step(at.join("driver/unbind"), &nic.address));
+        steps.push(Step::write(at.join("driver/unbind"), &*nic.address));
     }
-    steps.push(step(root.join("sys/bus/pci/drivers_probe"), &nic.address));
+    steps.push(Step::write(
+        root.join("sys/bus/pci/drivers_probe"),
+        &*nic.address,
+    ));
     steps
 }
 
 /// Does it; stops at the first step that fails.
 pub fn perform(steps: &[Step]) -> Result<(), String> {
     for step in steps {
-        fs::write(&step.file, format!("{}\n", step.text)).map_err(|error| {
+        act(step).map_err(|error| {
             let remedy = match error.kind() {
-                std::io::ErrorKind::PermissionDenied => " (this needs root)",
+                ErrorKind::PermissionDenied => " (this needs root)",
+                ErrorKind::ReadOnlyFilesystem => {
+                    " (in a container /sys cannot be written to: do it on the host)"
+                }
+                ErrorKind::ResourceBusy => " (somebody uses it: a switch, a virtual machine?)",
                 _ => "",
             };
             format!("{step}: {error}{remedy}")
@@ -220,5 +327,20 @@ pub fn perform(steps: &[Step]) -> Result<(), String> {
     Ok(())
 }
 
+fn act(step: &Step) -> std::io::Result<()> {
+    let Some(text) = &step.text else {
+        return fs::remove_file(&step.file);
+    };
+    // sysfs has all its directories; our own may have to be made.
+    if let Some(dir) = step
+        .file
+        .parent()
+        .filter(|dir| dir.ends_with("ringway/nic"))
+    {
+        fs::create_dir_all(dir)?;
+    }
+    fs::write(&step.file, format!("{text}\n"))
+}
+
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -1,6 +1,6 @@
 //! What a port's session and the switch ask of each other.
 
-use super::state::{Direction, MemoryRegion, Peer, PortState, RingKind};
+use super::state::{Direction, MemoryRegion, Peer, PortState, RingKind, UplinkStatus};
 use crate::dataplane::eth::Mac;
 use crate::port::ixgbevf::{FromWire, ToWire};
 use crate::port::vhost::{FromGuest, ToGuest};
@@ -74,6 +74,8 @@ pub struct SessionReport {
     pub memory: Vec<MemoryRegion>,
     /// The rings the guest has set up.
     pub rings: Vec<RingReport>,
+    /// How it stands with the PF, for an uplink.
+    pub uplink: Option<UplinkStatus>,
 }
 
 impl Default for SessionReport {
@@ -86,6 +88,7 @@ impl Default for SessionReport {
             protocol_features: Vec::new(),
             memory: Vec::new(),
             rings: Vec::new(),
+            uplink: None,
         }
     }
 }

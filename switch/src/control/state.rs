@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use utoipa::{IntoParams, ToSchema};
 
+pub use super::uplink_status::*;
 pub use super::wanted::*;
 use crate::dataplane::eth::Mac;
 
@@ -113,6 +114,9 @@ pub struct PortStatus {
     pub queues: Vec<QueueStatus>,
     /// Frames of all its queues together.
     pub counters: Counters,
+    /// How it stands with the PF, for an uplink.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uplink: Option<UplinkStatus>,
 }
 
 /// The process at the other end of a socket.
@@ -147,6 +151,17 @@ pub enum Direction {
     FromGuest,
     /// The guest's receive ring.
     ToGuest,
+    /// A receive queue of an uplink's VF.
+    FromWire,
+    /// A transmit queue of an uplink's VF.
+    ToWire,
+}
+
+impl Direction {
+    /// Whether it brings frames to the switch: such a ring belongs to one worker.
+    pub fn inward(self) -> bool {
+        matches!(self, Direction::FromGuest | Direction::FromWire)
+    }
 }
 
 /// Format of a ring.
@@ -157,6 +172,8 @@ pub enum RingKind {
     Split,
     /// virtio 1.2 section 2.8.
     Packed,
+    /// Descriptors of an 82599.
+    Nic,
 }
 
 /// One ring of a port.

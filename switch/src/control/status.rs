@@ -4,9 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::api::Refusal;
-use super::state::{
-    Counters, Direction, PortStatus, QueueRef, QueueStatus, StatsReport, WorkerStatus,
-};
+use super::state::{Counters, PortStatus, QueueRef, QueueStatus, StatsReport, WorkerStatus};
 use super::switch::{Port, State, Switch, lock};
 use crate::dataplane::clock::tsc;
 use crate::dataplane::counters::{QueueCounters, Reason};
@@ -40,15 +38,15 @@ impl Switch {
                 .iter()
                 .filter(|ring| usize::from(ring.pair) == pair)
             {
-                let from_guest = ring.direction == Direction::FromGuest;
+                let inward = ring.direction.inward();
                 queues.push(QueueStatus {
                     pair: ring.pair,
                     direction: ring.direction,
                     ring: ring.kind,
                     size: ring.size,
                     enabled: ring.enabled,
-                    worker: from_guest.then(|| self.workers[entry.worker].cpu),
-                    counters: if from_guest {
+                    worker: inward.then(|| self.workers[entry.worker].cpu),
+                    counters: if inward {
                         received(&entry.rx)
                     } else {
                         sent(&entry.tx)
@@ -68,6 +66,7 @@ impl Switch {
             memory: port.report.memory.clone(),
             queues,
             counters: port.counters(),
+            uplink: port.report.uplink.clone(),
         }
     }
 

@@ -3,6 +3,8 @@
 //! The PF of an 82599 delivers to a VF only frames for addresses that were registered: every station behind the other ports of the
 //! bridge is, as soon as it was learnt. Containers go on switching whatever happens here.
 
+mod addresses;
+
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,30 +12,27 @@ use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 use vfio_pmd::device::{FRAME_JUMBO, FRAME_STANDARD};
-use vfio_pmd::mailbox::{self, Cast};
+use vfio_pmd::mailbox::Cast;
 use vfio_pmd::transport::Transport;
 use vfio_pmd::vfio::VfioPci;
 use vfio_pmd::vfio_user::VfioUser;
 use vfio_pmd::{Health, Options, Vf};
 
 use super::keys::ConfigError;
-use super::port_handle::{PortHandle, Rings, SessionReport};
-use super::state::{MTU_MAX, PortSpec, PortState};
+use super::port_handle::{PortHandle, RingReport, Rings, SessionReport};
+use super::state::{Direction, MTU_MAX, PortSpec, PortState, RingKind, UplinkStatus};
 use crate::dataplane::eth::Mac;
 use crate::port::ixgbevf::{Echoes, FromWire, ToWire};
+use addresses::Addresses;
 
 /// Between two looks at link and mailbox.
 const LOOK: Duration = Duration::from_millis(100);
 /// Between two looks for new stations: what a new container waits for its first answer from the wire, at most.
 const REGISTER: Duration = Duration::from_millis(200);
-/// Before a refused address is asked for again: the operator may have said `trust on`.
-const ASK_AGAIN: Duration = Duration::from_secs(30);
 /// Longest pause between two attempts to open the device.
 const RETRY_MAX: Duration = Duration::from_secs(30);
 /// What ending may take before nobody waits any longer: a mailbox exchange in progress has a deadline of a second.
 const STOP_TIME: Duration = Duration::from_secs(3);
-/// Refused addresses that are named one by one.
-const NAMED: usize = 8;
 
 /// An uplink. Threads: any thread may call any method.
 pub struct Uplink {
@@ -50,9 +49,10 @@ impl Uplink {
             spec: spec.clone(),
             handle,
             stopping: stopping.clone(),
-            refused: Vec::new(),
+            addresses: Addresses::new(),
+            status: UplinkStatus::default(),
+            rings: Vec::new(),
             notes: Vec::new(),
-            asked: Instant::now(),
         };
         let thread = std::thread::Builder::new()
             .name(format!("port-{}", spec.name))
@@ -108,11 +108,12 @@ struct Keeper {
     spec: PortSpec,
     handle: Arc<dyn PortHandle>,
     stopping: Arc<AtomicBool>,
-    /// Stations that the PF refused, as of `asked`.
-    refused: Vec<Mac>,
+    addresses: Addresses,
+    status: UplinkStatus,
+    /// The queues that workers have.
+    rings: Vec<RingReport>,
     /// What else is not as it should be, in sentences.
     notes: Vec<String>,
-    asked: Instant,
 }
 
 impl Keeper {
@@ -174,9 +175,12 @@ impl Keeper {
                 .and_then(|()| self.watch(vf).map_err(|error| error.to_string()));
             // Whatever it was: nobody polls the device while it starts over.
             drop(self.handle.detach());
+            self.rings.clear();
+            self.status.link_mbit = 0;
             match ended {
                 Ok(None) => return None,
                 Ok(Some(why)) => {
+                    self.status.restarts += 1;
                     self.report(PortState::Connecting, Some(why));
                     if let Err(error) = self.start_over(vf) {
                         return Some(error);
@@ -203,7 +207,7 @@ impl Keeper {
                 vf.max_frame()
             ));
         }
-        self.refused.clear();
+        self.addresses.begin();
         let echoes = Echoes::new();
         let mut rings = Rings::default();
         for (pair, queues) in vf
@@ -213,6 +217,7 @@ impl Keeper {
             .enumerate()
         {
             let pair = pair as u16;
+            self.rings.extend(rows(pair, &Options::default()));
             rings
                 .from_wire
                 .push((pair, FromWire::new(queues.rx, echoes.clone())));
@@ -231,8 +236,12 @@ impl Keeper {
         while !self.stopping() {
             match vf.health() {
                 Health::Lost(why) => return Ok(Some(why.to_string())),
-                Health::Up(_) => self.report(PortState::Forwarding, self.complaint()),
+                Health::Up(mbit) => {
+                    self.agreed(vf, mbit);
+                    self.report(PortState::Forwarding, self.complaint());
+                }
                 Health::Down => {
+                    self.agreed(vf, 0);
                     self.report(
                         PortState::Connected,
                         Some("no link: see the cable and the PF (ip link set PF up)".into()),
@@ -241,7 +250,7 @@ impl Keeper {
             }
             if registered.is_none_or(|at| at.elapsed() >= REGISTER) {
                 registered = Some(Instant::now());
-                self.register(vf)?;
+                self.addresses.register(vf, &self.handle.stations())?;
             }
             if counted.elapsed() >= Duration::from_secs(20) {
                 counted = Instant::now();
@@ -250,52 +259,6 @@ impl Keeper {
             self.rest(LOOK);
         }
         Ok(None)
-    }
-
-    /// Registers the stations behind the other ports; forgets those that have gone when there is no room for new ones.
-    fn register(&mut self, vf: &mut Vf) -> vfio_pmd::Result<()> {
-        let stations = self.handle.stations();
-        if self.asked.elapsed() >= ASK_AGAIN {
-            self.asked = Instant::now();
-            self.refused.clear();
-        }
-        let known = |vf: &Vf, mac: &Mac| {
-            vf.addresses().contains(&mac.to_bytes()) || vf.mac() == mac.to_bytes()
-        };
-        self.refused.retain(|mac| stations.contains(mac));
-        let gone = vf
-            .addresses()
-            .iter()
-            .filter(|mac| !stations.contains(&Mac::from_bytes(**mac)))
-            .count();
-        let fresh = |vf: &Vf, refused: &[Mac]| -> Vec<Mac> {
-            stations
-                .iter()
-                .filter(|mac| !known(vf, mac) && !refused.contains(mac))
-                .copied()
-                .collect()
-        };
-        for mac in fresh(vf, &self.refused) {
-            if !vf.add_address(mac.to_bytes())? {
-                self.refused.push(mac);
-            }
-        }
-        // The pool may be full of stations that have left: the list is sent anew, once.
-        if gone > 0 && !self.refused.is_empty() {
-            let wanted: Vec<mailbox::Mac> = stations
-                .iter()
-                .filter(|mac| vf.mac() != mac.to_bytes())
-                .map(|mac| mac.to_bytes())
-                .collect();
-            let granted = vf.set_addresses(&wanted)?;
-            self.refused = wanted
-                .iter()
-                .zip(granted)
-                .filter(|(_, granted)| !granted)
-                .map(|(mac, _)| Mac::from_bytes(*mac))
-                .collect();
-        }
-        Ok(())
     }
 
     /// Resets the VF until its PF answers again; an error if the device itself is gone.
@@ -318,33 +281,46 @@ impl Keeper {
     /// What is not as it should be while frames flow.
     fn complaint(&self) -> Option<String> {
         let mut sentences = self.notes.clone();
-        if !self.refused.is_empty() {
-            let named: Vec<String> = self
-                .refused
-                .iter()
-                .take(NAMED)
-                .map(Mac::to_string)
-                .collect();
-            let more = if self.refused.len() > NAMED {
-                ", ..."
-            } else {
-                ""
-            };
-            sentences.push(format!(
-                "{} stations cannot be reached from the wire, the PF refused their addresses ({}{more}): set trust on and spoofchk off \
-                 for this VF; all VFs of a port share about a hundred addresses",
-                self.refused.len(),
-                named.join(", ")
-            ));
-        }
+        sentences.extend(self.addresses.complaint());
         (!sentences.is_empty()).then(|| sentences.join("; "))
+    }
+
+    /// How it stands with the PF.
+    fn agreed(&mut self, vf: &Vf, link_mbit: u32) {
+        self.status = UplinkStatus {
+            mac: Some(Mac::from_bytes(vf.mac())),
+            api: vf.api().to_string(),
+            link_mbit,
+            frame_max: vf.max_frame(),
+            registered: vf.addresses().len() as u64,
+            refused: self.addresses.refused(),
+            refusals: self.addresses.refusals(),
+            restarts: self.status.restarts,
+        };
     }
 
     fn report(&self, state: PortState, reason: Option<String>) {
         self.handle.report(SessionReport {
             state,
             reason,
+            rings: self.rings.clone(),
+            uplink: Some(self.status.clone()),
             ..SessionReport::default()
         });
     }
+}
+
+/// Both queues of a pair.
+fn rows(pair: u16, options: &Options) -> [RingReport; 2] {
+    [
+        (Direction::ToWire, options.tx_ring),
+        (Direction::FromWire, options.rx_ring),
+    ]
+    .map(|(direction, size)| RingReport {
+        pair,
+        direction,
+        kind: RingKind::Nic,
+        size: size as u16,
+        enabled: true,
+    })
 }

@@ -184,6 +184,7 @@ impl Device {
             .collect(),
             memory: self.guest.mem.iter().flat_map(|mem| memory(mem)).collect(),
             rings: self.rings().collect(),
+            uplink: None,
         }
     }
 

@@ -67,6 +67,7 @@ fn status(spec: &PortSpec) -> PortStatus {
         memory: vec![],
         queues: vec![],
         counters: Counters::default(),
+        uplink: None,
     }
 }
 

@@ -5,10 +5,10 @@ use std::os::unix::fs::symlink;
 use super::*;
 
 const PF: &str = "0000:81:00.0";
-const VF: &str = "0000:81:10.0";
+pub(in crate::control) const VF: &str = "0000:81:10.0";
 
 /// A host with an 82599, one VF of it in group 41 under ixgbevf, and a disk.
-fn host() -> tempfile::TempDir {
+pub(in crate::control) fn host() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let sys = dir.path().join("sys/bus/pci");
     let write = |path: &str, text: &str| {
@@ -124,12 +124,95 @@ fn what_cannot_be_bound_is_refused_with_the_remedy() {
         "down\n",
     )
     .unwrap();
+    let flags = sys.join(format!("devices/{VF}/net/eth1/flags"));
+    fs::write(&flags, "0x1003\n").unwrap(); // no carrier, and somebody's all the same
+    assert!(why(VF).contains("ip link set eth1 down"));
+    fs::write(&flags, "0x1002\n").unwrap();
     fs::write(sys.join(format!("groups/41/devices/{PF}")), "").unwrap();
     assert!(why(VF).contains("is not viable: 0000:81:00.0 in it is bound to ixgbe"));
     fs::remove_dir_all(sys.join("drivers/vfio-pci")).unwrap();
     assert!(why(VF).contains("modprobe vfio-pci"));
     fs::remove_file(sys.join(format!("devices/{VF}/iommu_group"))).unwrap();
     assert!(why(VF).contains("intel_iommu=on"));
+}
+
+#[test]
+fn a_driver_override_of_before_comes_back() {
+    let host = host();
+    let at = |name: &str| host.path().join(format!("sys/bus/pci/devices/{VF}/{name}"));
+    fs::write(at("driver_override"), "my-driver\n").unwrap();
+    let steps = bind(host.path(), VF).unwrap();
+    assert_eq!(
+        shown(steps.clone(), host.path())[0],
+        "echo my-driver > /run/ringway/nic/0000:81:10.0"
+    );
+    perform(&steps).unwrap();
+    assert_eq!(
+        fs::read_to_string(at("driver_override")).unwrap(),
+        "vfio-pci\n"
+    );
+    assert!(
+        bound(host.path(), VF)
+            .unwrap_err()
+            .contains("bound to ixgbevf")
+    );
+    fs::remove_file(at("driver")).unwrap();
+    symlink("../../drivers/vfio-pci", at("driver")).unwrap();
+    bound(host.path(), VF).unwrap();
+    // Bound already: what was kept stays as it is.
+    assert_eq!(bind(host.path(), VF), Ok(Vec::new()));
+    let back = unbind(host.path(), VF).unwrap();
+    let told = shown(back.clone(), host.path());
+    assert_eq!(
+        (told[0].as_str(), told.last().unwrap().as_str()),
+        (
+            "echo my-driver > /sys/bus/pci/devices/0000:81:10.0/driver_override",
+            "rm /run/ringway/nic/0000:81:10.0"
+        )
+    );
+    perform(&back).unwrap();
+    assert_eq!(
+        fs::read_to_string(at("driver_override")).unwrap(),
+        "my-driver\n"
+    );
+    assert_eq!(unbind(host.path(), VF).unwrap().len(), 3);
+}
+
+#[test]
+fn a_memlock_limit_too_small_for_the_rings_is_said_before_anything_is_bound() {
+    let host = host();
+    let own = host.path().join("proc/self");
+    fs::create_dir_all(&own).unwrap();
+    let set = |file: &str, text: &str| fs::write(own.join(file), text).unwrap();
+    set(
+        "limits",
+        "Max locked memory         8388608              8388608              bytes\n",
+    );
+    set("status", "CapEff:\t0000000000000000\n");
+    let why = bind(host.path(), VF).unwrap_err();
+    assert!(
+        why.contains("memlock limit is 8192 KiB") && why.contains("ulimit -l unlimited"),
+        "{why}"
+    );
+    // Root's capability outweighs the limit.
+    set("status", "CapEff:\t0000000000004000\n");
+    assert_eq!(bind(host.path(), VF).unwrap().len(), 3);
+    set("status", "CapEff:\t0000000000000000\n");
+    set(
+        "limits",
+        "Max locked memory         unlimited            unlimited            bytes\n",
+    );
+    assert_eq!(bind(host.path(), VF).unwrap().len(), 3);
+}
+
+#[test]
+fn what_may_not_be_written_is_said_with_the_remedy() {
+    let nowhere = |text: &str| vec![Step::write(PathBuf::from(text), "1")];
+    // Nobody, root included, writes there.
+    let why = perform(&nowhere("/proc/version")).unwrap_err();
+    assert!(why.contains("echo 1 > /proc/version: "), "{why}");
+    let why = perform(&nowhere("/sys/bus/pci/no such file")).unwrap_err();
+    assert!(why.contains("(os error"), "{why}");
 }
 
 #[test]
@@ -147,7 +230,7 @@ fn vfs_are_made_from_none_and_never_pulled_from_under_their_users() {
     assert!(make("eth9", 2).unwrap_err().contains("nic list"));
     let steps = make("eth0", 0).unwrap();
     perform(&steps).unwrap();
-    assert_eq!(make("eth0", 4).unwrap()[0].text, "4");
+    assert_eq!(make("eth0", 4).unwrap()[0].text.as_deref(), Some("4"));
     fs::remove_dir_all(host.path().join("sys")).unwrap();
     assert!(perform(&steps).unwrap_err().contains("echo 0 > "));
 }
