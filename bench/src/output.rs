@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use crate::compare::Report;
+use crate::kernel::{GENERATOR, Way};
 use crate::results::{self, FORMAT, Measurement, Saved, Throughput};
 use crate::rows::ROWS;
 use crate::sample::Sample;
@@ -41,6 +42,7 @@ pub(crate) fn saved(report: &Report) -> Saved {
             .map(|line| format!("left out: {line}")),
     );
     caveats.extend(report.failures.iter().map(|line| format!("failed: {line}")));
+    caveats.extend(generators(&report.samples));
     caveats.extend(losses(&report.samples));
     Saved {
         format: FORMAT,
@@ -82,6 +84,13 @@ fn saved_sample(sample: &Sample) -> results::Sample {
         sentinel_ns: [sample.before_ns, sample.after_ns],
         steps: sample.seen.steps.clone(),
     }
+}
+
+/// The ways through the kernel among these switches: what their figures are worth beside the others'.
+fn generators(samples: &[Sample]) -> Option<String> {
+    let mut ways = peers(samples);
+    ways.retain(|peer| Way::named(peer).is_some());
+    (!ways.is_empty()).then(|| format!("{}: {GENERATOR}", ways.join(", ")))
 }
 
 /// Rows in which a switch lost frames: its closed loop then runs with less depth than that of the others.
@@ -199,6 +208,17 @@ mod tests {
             Saved::read(&path).unwrap().measurements[0],
             Measurement::Unknown
         );
+    }
+
+    #[test]
+    fn figures_of_another_generator_say_so() {
+        let both = [("ringway", 16.0), ("bridge", 0.7)]
+            .map(|(peer, mpps)| sample("split64", peer, mpps, Placement::Near));
+        let saved = saved(&report(both.to_vec()));
+        let named = |line: &String| line.starts_with("bridge: own generator (AF_PACKET");
+        assert!(saved.caveats.iter().any(named), "{:?}", saved.caveats);
+        let text = crate::report::text(&saved);
+        assert!(text.contains("bridge (own generator)"), "{text}");
     }
 
     #[test]

@@ -54,7 +54,7 @@ fn frames_circulate_through_bridge_and_macvlan_and_the_hosts_links_stay_as_they_
     .output()?;
     let text = said(&output);
     ensure!(output.status.success(), "{text}");
-    ensure!(text.contains("own generator: AF_PACKET"), "{text}");
+    ensure!(text.contains("own generator (AF_PACKET"), "{text}");
     let saved: Value = serde_json::from_slice(&fs::read(&json)?)?;
     let measured = saved["measurements"].as_array().context("measurements")?;
     ensure!(measured.len() == 6, "{text}");

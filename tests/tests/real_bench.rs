@@ -110,7 +110,8 @@ fn every_scenario_ends_with_figures() -> Result<()> {
         ("idle-ports --counts 0,40 --seconds 0.3", "idle-ports", 2),
         ("attach --counts 1,20", "attach", 2),
         ("outage --times 1", "outage", 1),
-        ("neighbour --seconds 0.3", "neighbour", 4),
+        ("outage --times 2 --listen --ports 4", "outage", 2),
+        ("neighbour --seconds 0.3", "neighbour", 5),
         ("footprint --seconds 0.3", "footprint", 1),
         (
             "rfc2889 --tests caching --stations 100,2000",
@@ -147,6 +148,16 @@ fn what_cannot_be_measured_is_a_sentence_in_time() -> Result<()> {
         ("load --switch ringway --ports 3", "cannot be paired"),
         ("load --switch nothing", "there is no switch"),
         ("load --switch ringway --ring-size 3", "power of two"),
+        ("load --switch reference --listen", "it only listens"),
+        ("load --switch ovs-root --ovs-root /proc", "apt-get install"),
+        (
+            "load --switch ovs-root --ovs-root /nonexistent",
+            "No such file",
+        ),
+        (
+            "outage --switch ringway --listen --rings packed",
+            "takes split rings",
+        ),
         ("chain --switch ringway --lengths 0", "0 is not in"),
     ] {
         let began = Instant::now();
@@ -160,5 +171,172 @@ fn what_cannot_be_measured_is_a_sentence_in_time() -> Result<()> {
         ensure!(errors.contains(said), "{arguments}: {errors}");
         ensure!(began.elapsed() < Duration::from_secs(40), "{arguments}");
     }
+    Ok(())
+}
+
+/// Rings, memory, roles, sizes, stations and patterns: whatever a container may be, every frame is accounted for.
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn every_kind_of_container_and_traffic_goes_through_ringway() -> Result<()> {
+    require!(cpus(2));
+    for options in [
+        "--ring-size 64 --window 32",
+        "--ring-size 4096 --rings packed",
+        "--queues 4",
+        "--memory memfd --size 9000 --window 32",
+        "--receive-buffer 512 --size 9000 --window 8",
+        "--stations 1000000 --window 64",
+        "--broadcast 20 --ports 4 --window 16",
+        "--broadcast 100 --window 16",
+        "--one-way",
+        "--pattern mesh --ports 3 --window 16",
+        "--listen",
+        "--listen --rings packed --size imix",
+    ] {
+        let run = saved(&format!(
+            "load --switch ringway --nice 0 --seconds 0.5 --verify {options}"
+        ))?;
+        let load = &measurements(&run)?[0];
+        let count = |name: &str| load["count"][name].as_u64();
+        ensure!(count("received") > Some(500), "{options}: {load}");
+        for wrong in ["lost", "duplicated", "reordered", "corrupted"] {
+            ensure!(count(wrong) == Some(0), "{options}: {wrong}: {load}");
+        }
+        ensure!(load["partial"].is_null(), "{options}: {load}");
+    }
+    Ok(())
+}
+
+/// OVS-DPDK of another system: this one's, mounted below a directory, in a mount namespace that ends with the test.
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn ovs_of_another_system_runs_in_its_chroot() -> Result<()> {
+    require!(
+        tool("ovs-vswitchd", "openvswitch-switch-dpdk"),
+        root(),
+        hugepages(600),
+        cpus(2)
+    );
+    let root = tempfile::tempdir()?;
+    for (link, to) in [
+        ("bin", "usr/bin"),
+        ("sbin", "usr/sbin"),
+        ("lib", "usr/lib"),
+        ("lib64", "usr/lib64"),
+    ] {
+        std::os::unix::fs::symlink(to, root.path().join(link))?;
+    }
+    for directory in ["usr", "etc", "run", "var"] {
+        std::fs::create_dir(root.path().join(directory))?;
+    }
+    let binary = bench();
+    let output = Command::new("timeout")
+        .args(["-k", "2", "120", "unshare", "--mount", "sh", "-c"])
+        .arg(r#"set -e; root=$1; shift; for d in usr etc; do mount --bind /$d "$root/$d"; done; exec "$@""#)
+        .arg("sh")
+        .arg(root.path())
+        .arg(&binary)
+        .args("load --switch ovs-root --nice 0 --window 64 --seconds 1 --verify --json - --ovs-root".split(' '))
+        .arg(root.path())
+        .output()?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{errors}");
+    let run: Value = serde_json::from_slice(&output.stdout)?;
+    let load = &measurements(&run)?[0];
+    let count = |name: &str| load["count"][name].as_u64();
+    ensure!(
+        count("received") > Some(5000) && count("lost") == Some(0),
+        "{load}"
+    );
+    let versions = run["versions"].as_array().context("versions")?;
+    let version = versions.iter().find(|one| one["name"] == "ovs-root");
+    let version = version
+        .and_then(|one| one["version"].as_str())
+        .context("its version")?;
+    ensure!(version.starts_with("Open vSwitch"), "{version}");
+    // Nothing is mounted any more, and nobody looks at it.
+    ensure!(
+        std::fs::read_dir(root.path().join("usr"))?.next().is_none(),
+        "still mounted"
+    );
+    Ok(())
+}
+
+/// A switch that dies in the middle of a run costs the rest of the run, not what was measured.
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn a_switch_that_dies_in_the_middle_leaves_a_partial_result() -> Result<()> {
+    require!(cpus(2));
+    let directory = tempfile::tempdir()?;
+    let sockets = ["a", "b"].map(|name| directory.path().join(name).display().to_string());
+    let mut reference = Command::new(bench())
+        .args([
+            "reference",
+            "--socket",
+            &sockets[0],
+            "--socket",
+            &sockets[1],
+        ])
+        .spawn()?;
+    let load = Command::new("timeout")
+        .args(["-k", "2", "60"])
+        .arg(bench())
+        .args([
+            "load",
+            "--seconds",
+            "30",
+            "--socket",
+            &sockets[0],
+            "--socket",
+            &sockets[1],
+        ])
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()?;
+    std::thread::sleep(Duration::from_secs(4));
+    reference.kill()?;
+    reference.wait()?;
+    let began = Instant::now();
+    let output = load.wait_with_output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        text.contains("PARTIAL") && text.contains("closed the connection"),
+        "{output:?}"
+    );
+    ensure!(
+        began.elapsed() < Duration::from_secs(15),
+        "it took {:?}",
+        began.elapsed()
+    );
+    Ok(())
+}
+
+/// What was measured until Ctrl-C is printed, and marked.
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn ctrl_c_prints_what_was_measured_so_far() -> Result<()> {
+    require!(cpus(2));
+    let load = Command::new(bench())
+        .args("load --switch ringway --nice 0 --seconds 60".split(' '))
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()?;
+    std::thread::sleep(Duration::from_secs(6));
+    let began = Instant::now();
+    rustix::process::kill_process(
+        rustix::process::Pid::from_child(&load),
+        rustix::process::Signal::INT,
+    )?;
+    let output = load.wait_with_output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        text.contains("PARTIAL: interrupted") && text.contains("received"),
+        "{output:?}"
+    );
+    ensure!(
+        began.elapsed() < Duration::from_secs(15),
+        "it took {:?}",
+        began.elapsed()
+    );
     Ok(())
 }

@@ -15,7 +15,8 @@ pub(crate) mod wire;
 use crate::process::find;
 
 /// What stands beside the figures of these peers.
-pub(crate) const GENERATOR: &str = "own generator: AF_PACKET sockets, sendmmsg and recvmmsg";
+pub(crate) const GENERATOR: &str =
+    "own generator (AF_PACKET sockets, sendmmsg and recvmmsg), on both CPUs";
 
 /// A way through the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

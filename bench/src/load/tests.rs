@@ -371,3 +371,26 @@ fn impossible_wishes_are_sentences() {
     );
     assert!(said.contains("/nonexistent/socket"), "{said}");
 }
+
+#[test]
+fn a_switch_that_hangs_in_the_handshake_is_a_sentence_in_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("0");
+    let silent = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let frontends = Frontends {
+        patience: 0.2,
+        ..Frontends::plain()
+    };
+    let began = std::time::Instant::now();
+    let error = super::attach(
+        &frontends,
+        std::slice::from_ref(&socket),
+        &Frames::plain(64),
+    )
+    .err();
+    let said = format!("{:#}", error.unwrap());
+    assert!(said.contains(&socket.display().to_string()), "{said}");
+    assert!(said.contains("was not answered within"), "{said}");
+    assert!(began.elapsed() < Duration::from_secs(30));
+    drop(silent);
+}

@@ -6,6 +6,7 @@ use super::cells::{Cell, cells, peers, throughputs};
 use super::plot::{BarRow, Key, Plot, Shape};
 use super::throughput::{NONE, some};
 use super::{Grid, Section};
+use crate::kernel::Way;
 use crate::results::Saved;
 use crate::sentinel::Placement;
 use crate::summary::{Spread, digits};
@@ -72,7 +73,7 @@ pub(super) fn bars<'c>(
 pub(super) fn rates(placement: Placement, saved: &Saved, cells: &[Cell]) -> Option<Grid> {
     let peers = peers(saved);
     let others = || peers.iter().skip(1);
-    let mut head = format!("work | {}", peers.join(" | "));
+    let mut head = format!("work | {}", columns(&peers));
     for peer in others() {
         let _ = write!(head, " | {} / {peer}", peers[0]);
     }
@@ -119,6 +120,15 @@ fn rows<'c, 's>(placement: Placement, cells: &'c [Cell<'s>]) -> Vec<&'c Cell<'s>
     rows
 }
 
+/// The switches' names, those that had a generator of their own marked.
+fn columns(peers: &[&str]) -> String {
+    let columns = peers.iter().map(|peer| match Way::named(peer) {
+        None => (*peer).to_owned(),
+        Some(_) => format!("{peer} (own generator)"),
+    });
+    columns.collect::<Vec<_>>().join(" | ")
+}
+
 fn find<'c, 's>(
     placement: Placement,
     cells: &'c [Cell<'s>],
@@ -138,7 +148,7 @@ fn costs(placement: Placement, saved: &Saved, cells: &[Cell]) -> Option<Grid> {
         _ => NONE.to_owned(),
     };
     let peers = peers(saved);
-    let head = format!("work | {}", peers.join(" | "));
+    let head = format!("work | {}", columns(&peers));
     let mut grid = Grid::new(
         format!(
             "{}: TSC cycles per frame (and busy share) of the switch + of the client, medians",
@@ -168,7 +178,7 @@ fn costs(placement: Placement, saved: &Saved, cells: &[Cell]) -> Option<Grid> {
 /// What is left of a row's base under idle ports or many stations.
 pub(super) fn shares(placement: Placement, saved: &Saved, cells: &[Cell]) -> Option<Grid> {
     let peers = peers(saved);
-    let head = format!("work, as a share of its base | {}", peers.join(" | "));
+    let head = format!("work, as a share of its base | {}", columns(&peers));
     let mut grid = Grid::new(format!("{}: shares", placement.name()), &head);
     for row in rows(placement, cells) {
         let Some(base) = &row.of.base else { continue };

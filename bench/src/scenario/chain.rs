@@ -139,13 +139,14 @@ fn through_the_kernel(
     let placement = Some(Placement::between(before, sentinel()?));
     let peer = way.name().to_owned();
     let text = format!(
-        "{peer} ({GENERATOR}): a chain of {length}: {} Mpps, jitter {:.2} µs, {}\n{}\n{}\n",
+        "{peer}, {GENERATOR}: a chain of {length}: {} Mpps, jitter {:.2} µs, {}\n{}\n{}\n",
         digits(loaded.mpps),
         single.jitter_ns / 1e3,
         placement_name(placement),
         faults(&loaded.count),
         times(&single.latency)
     );
+    saved.caveats.push(format!("{peer}: {GENERATOR}"));
     saved.versions.push(Version {
         name: peer.clone(),
         version: links.version().to_owned(),
