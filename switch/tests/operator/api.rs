@@ -353,7 +353,11 @@ fn garbage_and_slow_clients_hurt_only_themselves() {
     assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 400"));
     let client = client(&running);
     let large = format!("\"{}\"", "x".repeat(3 << 20));
-    assert_eq!(refusal(&client, Method::POST, "/v1/ports", &large).0, 413);
+    // Refused by its length alone: whoever still writes may find the connection closed before he has read why.
+    let refused = client.ask(Method::POST, "/v1/ports", Bytes::from(large));
+    if let Ok((status, _)) = refused {
+        assert_eq!(status.as_u16(), 413);
+    }
     let deep = "[".repeat(100_000);
     assert_eq!(refusal(&client, Method::POST, "/v1/ports", &deep).0, 400);
     // As many as may connect at one time, and then some, all silent: their time runs out, the next one is served.

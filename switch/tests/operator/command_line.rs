@@ -1,6 +1,8 @@
 //! The program as a person or script types it, against a real API.
 
 use std::io::Read as _;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Output, Stdio};
 
 use crate::memory::{Memory, Running, start};
@@ -199,4 +201,61 @@ fn a_reader_that_has_seen_enough_ends_it_quietly() {
         .expect("text");
     let status = child.wait().expect("ended");
     assert!(status.success() && said.is_empty(), "{status}: {said}");
+}
+
+/// A card with SR-IOV whose files nobody may write to, and the program where another user can run it.
+fn read_only_card() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("a directory");
+    let card = dir.path().join("sys/bus/pci/devices/0000:81:00.0");
+    std::fs::create_dir_all(&card).expect("made");
+    for (name, text) in [
+        ("class", "0x020000"),
+        ("vendor", "0x8086"),
+        ("device", "0x10fb"),
+        ("sriov_totalvfs", "63"),
+        ("sriov_numvfs", "0"),
+    ] {
+        std::fs::write(card.join(name), text).expect("written");
+        let mode = std::fs::Permissions::from_mode(0o444);
+        std::fs::set_permissions(card.join(name), mode).expect("set");
+    }
+    std::fs::copy(env!("CARGO_BIN_EXE_ringway"), dir.path().join("ringway")).expect("copied");
+    let mode = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(dir.path(), mode).expect("set");
+    dir
+}
+
+#[test]
+fn who_may_not_write_to_a_card_is_told_that_it_takes_root_and_may_look_all_the_same() {
+    let dir = read_only_card();
+    let run = |line: &str| {
+        let mut command = Command::new(dir.path().join("ringway"));
+        command
+            .args(line.split_whitespace())
+            .arg("--root")
+            .arg(dir.path());
+        if rustix::process::getuid().is_root() {
+            command.uid(65534);
+        }
+        command.output().expect("ran")
+    };
+    let refused = run("nic vf create 0000:81:00.0 4");
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        !refused.status.success()
+            && said.contains("sriov_numvfs: Permission denied")
+            && said.contains("this needs root"),
+        "{said}"
+    );
+    for (line, what) in [
+        ("nic vf create 0000:81:00.0 4 --dry-run", "echo 4 > "),
+        ("nic list", "PF, 0 of 63 VFs"),
+    ] {
+        let output = run(line);
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(
+            output.status.success() && said.contains(what),
+            "{line}: {output:?}"
+        );
+    }
 }
