@@ -251,6 +251,9 @@ pub(crate) struct Latency {
     pub(crate) placement: Option<Placement>,
     /// All directions first, then each.
     pub(crate) latencies: Vec<Distribution>,
+    /// Why it ended early.
+    #[serde(default)]
+    pub(crate) partial: Option<String>,
 }
 
 /// One offered rate, and what came of it.

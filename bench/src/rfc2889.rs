@@ -162,17 +162,28 @@ fn addresses(
     tries: Vec<(u32, f64)>,
     value: impl Fn(&AddressStep) -> f64,
 ) -> Result<(Saved, String)> {
-    let (mut steps, mut last): (Vec<AddressStep>, _) = (Vec::new(), None);
+    let (mut steps, mut last): (Vec<AddressStep>, Option<Saved>) = (Vec::new(), None);
     let mut text = String::new();
+    let mut ended = None;
     for (stations, rate) in tries {
-        interrupt::check()?;
-        let (session, step) = probe(options, target, stations, rate)?;
+        let probed = interrupt::check().and_then(|()| probe(options, target, stations, rate));
+        let (session, step) = match probed {
+            Ok(probed) => probed,
+            // What was tried before counts.
+            Err(error) if !steps.is_empty() => {
+                ended = Some(error);
+                break;
+            }
+            Err(error) => return Err(error),
+        };
         text += &show(&step);
         steps.push(step);
         last = Some(match last.take() {
             None => session.close(true),
-            Some(saved) => {
-                drop(session.close(true));
+            Some(mut saved) => {
+                let last = session.close(true);
+                saved.complete &= last.complete;
+                saved.caveats.extend(last.caveats);
                 saved
             }
         });
@@ -182,7 +193,14 @@ fn addresses(
     let found = known.last().map(value);
     let peer = target.name().unwrap_or("switch").to_owned();
     let most = found.map_or("none".to_owned(), |found| format!("{found:.0}"));
-    let text = format!("{peer}: {test}: {most} without flooding, of those tried\n{text}");
+    let mut text = format!("{peer}: {test}: {most} without flooding, of those tried\n{text}");
+    if let Some(error) = ended {
+        text += &format!("  PARTIAL: {error:#}\n");
+        saved.complete = false;
+        saved
+            .caveats
+            .push(format!("{test}: ended early: {error:#}"));
+    }
     saved.measurements.push(Measurement::Addresses(Addresses {
         peer,
         test: test.to_owned(),

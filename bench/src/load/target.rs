@@ -207,6 +207,10 @@ impl Session {
         if frontends.cpus.is_empty() && cpus.client != cpus.switch {
             frontends.cpus = vec![cpus.client];
         }
+        let bar = super::bar();
+        if let Some(name) = target.name() {
+            bar.set_message(format!("starting {name} with {} ports", target.ports));
+        }
         let setup = Setup {
             ports: target.ports as usize,
             jumbo: frames.size.longest() > 1518,
@@ -242,7 +246,7 @@ impl Session {
             saved,
             peer,
             placement: None,
-            bar: super::bar(),
+            bar,
             priority,
             listening,
         })
@@ -252,11 +256,24 @@ impl Session {
     pub(crate) fn trial(&mut self, trial: &Trial) -> Result<Outcome> {
         let before = self.look();
         let bar = self.bar.clone();
-        bar.set_position(0);
+        let what = format!(
+            "{}, {} ports, {}",
+            self.peer,
+            self.ports,
+            trial.describe(self.fleet.tsc_hz)
+        );
         let outcome = self.fleet.run(trial, &mut |share, mpps| {
             bar.set_position((share * 1000.0) as u64);
-            bar.set_message(format!("{mpps:.2} Mpps"));
+            bar.set_message(format!("{what}: {mpps:.2} Mpps"));
         });
+        if let Ok(outcome) = &outcome
+            && let Some(why) = &outcome.partial
+        {
+            self.saved
+                .caveats
+                .push(format!("{what}: the last figure is partial: {why}"));
+            self.saved.complete = false;
+        }
         let after = self.look();
         self.placement = match (before, after) {
             (Some(before), Some(after)) => Some(Placement::between(before, after)),
@@ -298,6 +315,12 @@ impl Session {
         Some((after.busy - before.busy) / frames as f64)
     }
 
+    /// Shows how far something is that is no trial.
+    pub(crate) fn progress(&self, share: f64, what: &str) {
+        self.bar.set_position((share * 1000.0) as u64);
+        self.bar.set_message(format!("{}: {what}", self.peer));
+    }
+
     /// Says something above the bar.
     pub(crate) fn say(&self, line: &str) {
         self.bar.suspend(|| eprintln!("{line}"));
@@ -327,6 +350,9 @@ pub(crate) fn for_each(
             Ok((saved, text)) => {
                 if !output.quiet() {
                     print!("{text}");
+                    if !saved.complete && !text.contains("PARTIAL") {
+                        println!("  PARTIAL: it ended early; this is what was measured until then");
+                    }
                     saved
                         .caveats
                         .iter()

@@ -49,6 +49,19 @@ impl Trial {
     }
 }
 
+impl Trial {
+    /// Its pace, for a progress bar.
+    pub(crate) fn describe(&self, tsc_hz: f64) -> String {
+        match self.pace {
+            Pace::Window(frames) => format!("{frames} in flight"),
+            Pace::Every(cycles) => format!("{:.0} frames/s per sender", tsc_hz / cycles),
+            Pace::Burst(frames) => format!("bursts of {frames}"),
+            Pace::Flood => "as fast as it takes them".to_owned(),
+            Pace::Silent => "silent".to_owned(),
+        }
+    }
+}
+
 /// What the threads share.
 struct Run<'t> {
     trial: &'t Trial,

@@ -62,6 +62,7 @@ pub(super) fn bars<'c>(
     (!rows.is_empty()).then(|| Plot {
         id: id.to_owned(),
         title: title.to_owned(),
+        table: None,
         shape: Shape::Bars {
             label: label.to_owned(),
             rows,

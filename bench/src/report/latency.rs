@@ -5,7 +5,7 @@ use super::plot::{Axis, Curve, Key, Plot, Point, Scale, Shape, curves, time};
 use super::throughput::{has_points, loads, loss_curves, of_steps, partial, some};
 use super::{Grid, Section};
 use crate::load::placement_name;
-use crate::results::{Count, Distribution, Latency, Saved};
+use crate::results::{Count, Distribution, Latency, LossCurve, Saved, Step};
 use crate::sentinel::Placement;
 use crate::summary::digits;
 
@@ -38,7 +38,7 @@ fn all(saved: &Saved) -> Vec<Times<'_>> {
         title: format!("{}, {}", one.work.title, burden(one)),
         placement: one.placement,
         count: &one.count,
-        partial: false,
+        partial: one.partial.is_some(),
         times: &one.latencies,
     });
     let loaded = loads(saved).into_iter().map(|one| Times {
@@ -60,28 +60,25 @@ pub(super) fn section(saved: &Saved) -> Section {
     let all = all(saved);
     let titles = each(all.iter().map(|one| one.title.clone()));
     let plots = titles.iter().enumerate().map(|(number, title)| {
-        let these = all.iter().filter(|one| one.title == *title);
+        let these = || all.iter().filter(|one| one.title == *title);
         let curves =
-            these.filter_map(|one| curve(Key::new(one.peer, one.placement), one.times.first()?));
-        cdf(&format!("latency-{number}"), title, curves.collect())
+            these().filter_map(|one| curve(Key::new(one.peer, one.placement), one.times.first()?));
+        let mut plot = cdf(&format!("latency-{number}"), title, curves.collect());
+        let mut table = Grid::new(title.as_str(), COLUMNS);
+        table.lines.extend(these().flat_map(lines));
+        plot.table = Some(table);
+        plot
     });
     let plots = plots.filter(has_points).collect();
     let mut grid = Grid::new(
         "latency (once through the switch, from the time a frame was due)",
-        "frames and load | switch | direction | p50 | p90 | p99 | p99.9 | p99.99 | max | mean | frames | loss | placement",
+        &format!("frames and load | {COLUMNS}"),
     );
     for one in &all {
-        for times in one.times {
-            let mut line = vec![one.title.clone(), one.peer.to_owned(), times.name.clone()];
-            line.extend(quantiles(times));
-            line.push(time(times.mean));
-            line.push(times.count.to_string());
-            let lost = one.count.offered.saturating_sub(one.count.received);
-            line.push(Scale::Loss.label(round(lost as f64 / one.count.offered.max(1) as f64)));
-            let mark = if one.partial { " (partial)" } else { "" };
-            line.push(format!("{}{mark}", placement_name(one.placement)));
-            grid.lines.push(line);
-        }
+        grid.lines.extend(lines(one).into_iter().map(|mut line| {
+            line.insert(0, one.title.clone());
+            line
+        }));
     }
     Section {
         id: "latency",
@@ -92,6 +89,25 @@ pub(super) fn section(saved: &Saved) -> Section {
         plots,
         grids: some(grid).into_iter().collect(),
     }
+}
+
+const COLUMNS: &str = "switch | direction | p50 | p90 | p99 | p99.9 | p99.99 | max | mean | received | loss | placement";
+
+/// A line for each direction.
+fn lines(one: &Times) -> Vec<Vec<String>> {
+    let lost = one.count.offered.saturating_sub(one.count.received);
+    let loss = Scale::Loss.label(round(lost as f64 / one.count.offered.max(1) as f64));
+    let mark = if one.partial { " (partial)" } else { "" };
+    let line = |times: &Distribution| {
+        let mut line = vec![one.peer.to_owned(), times.name.clone()];
+        line.extend(quantiles(times));
+        line.push(time(times.mean));
+        line.push(times.count.to_string());
+        line.push(loss.clone());
+        line.push(format!("{}{mark}", placement_name(one.placement)));
+        line
+    };
+    one.times.iter().map(line).collect()
 }
 
 /// Two digits of a small share.
@@ -120,6 +136,7 @@ pub(super) fn cdf(id: &str, title: &str, curves: Vec<Curve>) -> Plot {
     Plot {
         id: id.to_owned(),
         title: format!("Latency: {title}"),
+        table: None,
         shape: Shape::Curves {
             x: Axis::new("share of the frames that took no longer", Scale::Nines),
             y: Axis::new("time", Scale::LogTime),
@@ -169,18 +186,37 @@ pub(super) fn curve(key: Key, times: &Distribution) -> Option<Curve> {
     })
 }
 
+const LOSS_COLUMNS: &str =
+    "switch | offered, Mpps | received, Mpps | loss | of it refused | placement";
+
+/// A line for each rate.
+fn loss_lines(one: &LossCurve) -> Vec<Vec<String>> {
+    let line = |step: &Step| {
+        vec![
+            one.peer.clone(),
+            digits(step.offered_mpps),
+            digits(step.received_mpps) + partial(&one.partial),
+            Scale::Loss.label(round(step.loss)),
+            Scale::Loss.label(round(step.refused)),
+            placement_name(step.placement).to_owned(),
+        ]
+    };
+    one.steps.iter().map(line).collect()
+}
+
 /// Loss over the offered rate.
 pub(super) fn loss(saved: &Saved) -> Section {
     let all = loss_curves(saved);
     let titles = each(all.iter().map(|one| one.work.title.clone()));
     let plots = titles.iter().enumerate().map(|(number, title)| {
-        let these = all.iter().filter(|one| one.work.title == *title);
-        let points = these.flat_map(|one| {
+        let these = || all.iter().filter(|one| one.work.title == *title);
+        let points = these().flat_map(|one| {
             let key = Key::new(&one.peer, of_steps(&one.steps));
-            one.steps
-                .iter()
-                .map(move |step| (key.clone(), step.offered_mpps, step.loss))
+            let step = move |step: &Step| (key.clone(), step.offered_mpps, step.loss);
+            one.steps.iter().map(step)
         });
+        let mut table = Grid::new(title.as_str(), LOSS_COLUMNS);
+        table.lines.extend(these().flat_map(|one| loss_lines(one)));
         Plot {
             id: format!("loss-{number}"),
             title: format!("RFC 2544 §26.3, {title}: loss over the offered rate"),
@@ -189,25 +225,17 @@ pub(super) fn loss(saved: &Saved) -> Section {
                 y: Axis::new("share lost", Scale::Loss),
                 curves: curves(points),
             },
+            table: Some(table),
         }
     });
     let plots = plots.filter(has_points).collect();
-    let mut grid = Grid::new(
-        "loss (RFC 2544 §26.3)",
-        "frames | switch | offered, Mpps | received, Mpps | loss | of it refused | placement",
-    );
+    let mut grid = Grid::new("loss (RFC 2544 §26.3)", &format!("frames | {LOSS_COLUMNS}"));
     for one in &all {
-        for step in &one.steps {
-            grid.lines.push(vec![
-                one.work.title.clone(),
-                one.peer.clone(),
-                digits(step.offered_mpps),
-                digits(step.received_mpps) + partial(&one.partial),
-                Scale::Loss.label(round(step.loss)),
-                Scale::Loss.label(round(step.refused)),
-                placement_name(step.placement).to_owned(),
-            ]);
-        }
+        grid.lines
+            .extend(loss_lines(one).into_iter().map(|mut line| {
+                line.insert(0, one.work.title.clone());
+                line
+            }));
     }
     Section {
         id: "loss",

@@ -114,8 +114,8 @@ fn section(section: &Section) -> Result<String> {
     for plot in &section.plots {
         text += &figure(plot)?;
     }
-    for grid in &section.grids {
-        text += &table(grid);
+    if section.plots.iter().all(|plot| plot.table.is_none()) {
+        section.grids.iter().for_each(|grid| text += &table(grid));
     }
     Ok(text + "</section>\n")
 }
@@ -139,12 +139,14 @@ fn figure(plot: &Plot) -> Result<String> {
     text += "</ul>\n";
     text += &draw(plot, Width::Wide)?;
     text += &draw(plot, Width::Narrow)?;
-    Ok(text + "</figure>\n")
+    text += "</figure>\n";
+    text += &plot.table.as_ref().map(table).unwrap_or_default();
+    Ok(text)
 }
 
 fn table(grid: &Grid) -> String {
     let mut text = format!(
-        "<div class=\"table\"><table>\n<caption>{}</caption>\n",
+        "<h3>{}</h3>\n<div class=\"table\"><table>\n",
         escape(&grid.title)
     );
     for (number, line) in grid.lines.iter().enumerate() {
@@ -157,7 +159,7 @@ fn table(grid: &Grid) -> String {
         text += "<tr>";
         for (column, cell) in line.iter().enumerate() {
             // Numbers stand under each other; words begin at the left.
-            let class = if column > 0 && is_number(cell) && number > 0 {
+            let class = if is_number(&grid.lines[0], column, cell) {
                 " class=\"number\""
             } else {
                 ""
@@ -171,8 +173,25 @@ fn table(grid: &Grid) -> String {
     text + "</tbody>\n</table></div>\n"
 }
 
-fn is_number(cell: &str) -> bool {
-    cell.starts_with(|first: char| first.is_ascii_digit() || "+-–".contains(first))
+/// Columns of words, whatever a cell in them begins with.
+const WORDS: [&str; 8] = [
+    "frames",
+    "switch",
+    "test",
+    "placement",
+    "how",
+    "verdict",
+    "pace",
+    "direction",
+];
+
+fn is_number(head: &[String], column: usize, cell: &str) -> bool {
+    let words = |name: &String| WORDS.contains(&name.as_str());
+    let number = cell.starts_with(|first: char| first.is_ascii_digit() || "+-–".contains(first));
+    // A head stands over its numbers.
+    column > 0
+        && !head.get(column).is_some_and(words)
+        && (number || head.get(column).is_some_and(|name| name == cell))
 }
 
 fn then_and_now(compared: &Compared) -> String {

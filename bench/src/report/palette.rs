@@ -37,7 +37,7 @@ pub(crate) fn hex(colour: u32) -> String {
 
 fn mark(look: Look) -> u32 {
     match look {
-        Look::Solid => 0,
+        Look::Unknown | Look::Solid => 0,
         Look::Dashed => 1,
         Look::Dotted => 2,
     }
@@ -62,7 +62,7 @@ pub(crate) fn rules() -> String {
                 "svg [stroke=\"{hex}\"]{{stroke:var(--c{number})}}svg [fill=\"{hex}\"]{{fill:var(--c{number})}}\n"
             );
             let dashes = match look {
-                Look::Solid => continue,
+                Look::Unknown | Look::Solid => continue,
                 Look::Dashed => "21 12",
                 Look::Dotted => "4 10",
             };

@@ -1,5 +1,6 @@
 //! What a plot shows, without a drawing: scales, curves, bars.
 
+use super::Grid;
 use crate::sentinel::Placement;
 use crate::summary::{Spread, digits};
 
@@ -10,6 +11,8 @@ pub(crate) struct Plot {
     pub(crate) id: String,
     pub(crate) title: String,
     pub(crate) shape: Shape,
+    /// What stands under it on the page, if it has a table of its own.
+    pub(crate) table: Option<Grid>,
 }
 
 /// Its kind.
@@ -41,7 +44,9 @@ pub(crate) struct Key {
 /// How a curve is drawn: figures of different placements cannot be compared, and must not look as if they could.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Look {
-    /// Near, or nobody looked: a line.
+    /// Nobody looked: a line.
+    Unknown,
+    /// Near: a line.
     Solid,
     /// Far: dashes.
     Dashed,
@@ -52,7 +57,8 @@ pub(crate) enum Look {
 impl Look {
     pub(crate) fn of(placement: Option<Placement>) -> Self {
         match placement {
-            None | Some(Placement::Near) => Self::Solid,
+            None => Self::Unknown,
+            Some(Placement::Near) => Self::Solid,
             Some(Placement::Far) => Self::Dashed,
             Some(Placement::Mixed) => Self::Dotted,
         }
@@ -70,7 +76,8 @@ impl Key {
     /// For the legend.
     pub(crate) fn name(&self) -> String {
         match self.look {
-            Look::Solid => self.peer.clone(),
+            Look::Unknown => self.peer.clone(),
+            Look::Solid => format!("{}, near", self.peer),
             Look::Dashed => format!("{}, far", self.peer),
             Look::Dotted => format!("{}, placement unclear", self.peer),
         }
@@ -315,7 +322,7 @@ impl Scale {
 
 fn round_step(step: f64) -> f64 {
     let power = 10f64.powf(step.max(1e-9).log10().floor());
-    let factors = [1.0, 2.0, 5.0, 10.0];
+    let factors = [1.0, 2.0, 2.5, 5.0, 10.0];
     let fits = factors
         .into_iter()
         .find(|factor| factor * power >= step * 0.999);

@@ -24,6 +24,7 @@ fn figure(id: &str, title: &str, x: (&str, Scale), y: (&str, Scale), points: Poi
     Plot {
         id: id.to_owned(),
         title: title.to_owned(),
+        table: None,
         shape: Shape::Curves {
             x: Axis::new(x.0, x.1).marked(marks),
             y: Axis::new(y.0, y.1),
@@ -32,9 +33,22 @@ fn figure(id: &str, title: &str, x: (&str, Scale), y: (&str, Scale), points: Poi
     }
 }
 
+impl Chain {
+    /// A time, where there was anything to be timed.
+    fn or_none(&self, ns: f64) -> String {
+        if self.latency.count > 0 {
+            time(ns)
+        } else {
+            NONE.to_owned()
+        }
+    }
+}
+
 /// Frames through several containers.
 pub(super) fn chain(saved: &Saved) -> Section {
     let chains = chains(saved);
+    // A switch through which nothing came (one that does not look at addresses) has no times.
+    let through = || chains.iter().filter(|one| one.mpps > 0.0);
     let points = |value: fn(&Chain) -> f64| -> Points {
         let point = |one: &&Chain| {
             (
@@ -43,7 +57,7 @@ pub(super) fn chain(saved: &Saved) -> Section {
                 value(one),
             )
         };
-        chains.iter().map(point).collect()
+        through().map(point).collect()
     };
     let x = ("containers between the first and the last", Scale::Log);
     let plot = |id: &str, title: &str, y: (&str, Scale), value: fn(&Chain) -> f64| {
@@ -78,12 +92,16 @@ pub(super) fn chain(saved: &Saved) -> Section {
             one.length.to_string(),
             one.peer.clone(),
             one.work.title.clone(),
-            digits(one.mpps),
+            if one.mpps > 0.0 {
+                digits(one.mpps)
+            } else {
+                "nothing came through".to_owned()
+            },
             one.count.lost.to_string(),
-            time(one.latency.p50),
-            time(one.latency.p90),
-            time(one.latency.p99),
-            time(one.jitter_ns),
+            one.or_none(one.latency.p50),
+            one.or_none(one.latency.p90),
+            one.or_none(one.latency.p99),
+            one.or_none(one.jitter_ns),
             placement_name(one.placement).to_owned(),
         ]);
     }

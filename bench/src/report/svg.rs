@@ -19,7 +19,7 @@ const FINE: i32 = 3;
 const INK: RGBColor = RGBColor(0, 0, 0);
 const LINE: RGBColor = RGBColor(0xDD, 0xDD, 0xDD);
 /// Size of letters, pixels on the page.
-const LETTERS: i32 = 13;
+const LETTERS: i32 = 15;
 
 /// How wide the plot is on the page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +53,7 @@ pub(crate) fn draw(plot: &Plot, width: Width) -> Result<String> {
         Shape::Curves { .. } => 360,
         Shape::Bars { rows, .. } => {
             let bars: usize = rows.iter().map(|row| row.bars.len()).sum();
-            60 + bars as i32 * 20 + rows.len() as i32 * 12
+            66 + bars as i32 * 20 + rows.len() as i32 * 12
         }
     };
     let size = (width.pixels() * FINE, height * FINE);
@@ -170,7 +170,7 @@ fn draw_curves(
     let across = x.range(points().map(|point| point.x));
     let up = y.range(points().flat_map(|point| [point.low, point.y, point.high]));
     // 1. The frame.
-    let (left, below, margin) = (72 * FINE, 48 * FINE, 12 * FINE);
+    let (left, below, margin) = (84 * FINE, 54 * FINE, 12 * FINE);
     let per_unit = |span: i32, (low, high): (f64, f64)| f64::from(span) / (high - low);
     let marks_x = thin(
         x.ticks(across.0, across.1),
@@ -226,7 +226,7 @@ fn draw_curves(
             });
             chart.draw_series([PathElement::new(whisker, solid.stroke_width(FINE as u32))])?;
             let style = match curve.key.look {
-                Look::Solid => solid.filled(),
+                Look::Unknown | Look::Solid => solid.filled(),
                 _ => solid.stroke_width(2 * FINE as u32),
             };
             let at = place(point.x, point.y);
@@ -272,7 +272,7 @@ fn draw_bars(
     let marks = thin(scale.ticks(0.0, across), per_unit, false);
     let mut chart = ChartBuilder::on(area)
         .margin(8 * FINE)
-        .x_label_area_size(44 * FINE)
+        .x_label_area_size(50 * FINE)
         .y_label_area_size(left)
         .build_cartesian_2d(
             Places {
@@ -325,6 +325,7 @@ mod tests {
         Plot {
             id: "p".to_owned(),
             title: "a \"plot\" & more".to_owned(),
+            table: None,
             shape: Shape::Curves {
                 x: Axis::new("bytes", Scale::Log).marked([64.0, 1024.0, 1280.0, 1518.0]),
                 y: Axis::new("Mpps", Scale::Linear),

@@ -66,6 +66,7 @@ pub(super) fn over_sizes(id: &str, title: String, curves: Vec<Curve>) -> Plot {
     Plot {
         id: id.to_owned(),
         title,
+        table: None,
         shape: Shape::Curves {
             x: Axis::new("bytes of a frame on the ring, without CRC", Scale::Log).marked(marks),
             y: Axis::new("million frames per second", Scale::Linear),

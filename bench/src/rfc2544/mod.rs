@@ -255,7 +255,10 @@ impl Bench<'_> {
                 self.options.seconds,
                 placement_name(self.session.placement)
             ),
-            None => "  §26.1 throughput  no rate passed".to_owned(),
+            None => format!(
+                "  §26.1 throughput  no rate passed{}",
+                partial.as_ref().map_or(String::new(), |why| format!(" until then ({why})"))
+            ),
         });
         self.keep(Measurement::Search(crate::results::Search {
             peer: self.session.peer.clone(),
@@ -309,8 +312,12 @@ impl Bench<'_> {
                 count: outcome.count.clone(),
                 placement: self.session.placement,
                 latencies,
+                partial: outcome.partial.clone(),
             }));
             if let Some(why) = outcome.partial {
+                self.line(&format!(
+                    "  PARTIAL: {why}; the last line is what was measured until then"
+                ));
                 bail!("{why}");
             }
         }
@@ -354,7 +361,7 @@ impl Bench<'_> {
         let rate = 2.0 * throughput;
         let limit = rate * self.options.seconds;
         let mut bursts = Vec::new();
-        for _ in 0..3 {
+        for time in 0..3 {
             let (mut low, mut high) = (0.0, limit);
             while high - low > (low * self.options.resolution).max(16.0) {
                 let frames = if low == 0.0 && high == limit {
@@ -362,6 +369,11 @@ impl Bench<'_> {
                 } else {
                     (low + high) / 2.0
                 };
+                let known = 1.0 - (high - low) / limit;
+                self.session.progress(
+                    (f64::from(time) + known) / 3.0,
+                    &format!("§26.4, a burst of {frames:.0} frames"),
+                );
                 let mut trial = Trial::new(self.session.fleet.every(rate)?, frames / rate);
                 (trial.grace, trial.quiet) = (Duration::ZERO, Duration::from_millis(20));
                 // Without the sentinel: a trial of microseconds.
@@ -398,6 +410,8 @@ impl Bench<'_> {
         let over = self.at(throughput * 1.1, self.options.seconds)?;
         let mut last = 0.0;
         for step in 1..=20 {
+            self.session
+                .progress(f64::from(step) / 20.0, "§26.5, recovery");
             let mut trial = Trial::new(self.session.fleet.every(throughput * 0.5)?, 0.01);
             trial.quiet = Duration::from_millis(20);
             let outcome = self.session.fleet.run(&trial, &mut |_, _| ())?;

@@ -66,22 +66,21 @@ fn one(options: &AttachArgs, target: &Target, count: usize) -> Result<(Saved, St
     let mut nanoseconds =
         Histogram::<u64>::new_with_bounds(1, 1 << 42, 3).context("a histogram")?;
     let (began, mut fleets, mut failed) = (Instant::now(), Vec::new(), 0);
-    for socket in sockets {
-        interrupt::check()?;
+    let mut ended = None;
+    for (number, socket) in sockets.into_iter().enumerate() {
+        session.progress(
+            number as f64 / count as f64,
+            &format!("container {number} of {count}"),
+        );
+        if let Err(why) = interrupt::check() {
+            ended = Some(why);
+            break;
+        }
         let began = Instant::now();
         let mut fleet = Fleet::attach(&small, &[socket], &frames.lengths(), 64)?;
-        loop {
-            let tx = &mut session.fleet.lanes[0].queues[0].pair.tx;
-            tx.send(1, |slot| hello.fill(slot, 64, 0, 0));
-            if fleet.look() > 0 {
-                nanoseconds.saturating_record(began.elapsed().as_nanos() as u64);
-                break;
-            }
-            if began.elapsed() > PATIENCE {
-                failed += 1;
-                break;
-            }
-            std::thread::sleep(Duration::from_micros(20));
+        match first_frame(&mut session, &mut hello, &mut fleet, began) {
+            Some(time) => nanoseconds.saturating_record(time.as_nanos() as u64),
+            None => failed += 1,
         }
         // Those that are there take their frames, as containers do.
         fleets.push(fleet);
@@ -92,18 +91,47 @@ fn one(options: &AttachArgs, target: &Target, count: usize) -> Result<(Saved, St
     ensure!(!nanoseconds.is_empty(), "no container got a frame");
     let first_frame = distribution("attach", &nanoseconds, 1e9);
     let total_ms = began.elapsed().as_secs_f64() * 1e3;
-    let text = format!(
-        "{}: {count} containers, {failed} failed, all in {total_ms:.1} ms\n{}\n",
+    let mut text = format!(
+        "{}: {} of {count} containers, {failed} failed, all in {total_ms:.1} ms\n{}\n",
         session.peer,
+        fleets.len(),
         times(&first_frame)
     );
+    if let Some(why) = &ended {
+        text += &format!("  PARTIAL: {why:#}\n");
+        let caveats = &mut session.saved.caveats;
+        caveats.push(format!(
+            "attach: {} of {count} containers: {why:#}",
+            fleets.len()
+        ));
+    }
     session.saved.measurements.push(Measurement::Attach(Attach {
         peer: session.peer.clone(),
-        ports: count as u32,
+        ports: fleets.len() as u32,
         first_frame,
         total_ms,
         failed,
     }));
     fleets.into_iter().for_each(Fleet::detach);
-    Ok((session.close(failed == 0), text))
+    Ok((session.close(failed == 0 && ended.is_none()), text))
+}
+
+/// Broadcasts until the newcomer has a frame; says how long after `began` that was, unless it took too long.
+fn first_frame(
+    session: &mut Session,
+    hello: &mut Stream,
+    newcomer: &mut Fleet,
+    began: Instant,
+) -> Option<Duration> {
+    loop {
+        let tx = &mut session.fleet.lanes[0].queues[0].pair.tx;
+        tx.send(1, |slot| hello.fill(slot, 64, 0, 0));
+        if newcomer.look() > 0 {
+            return Some(began.elapsed());
+        }
+        if began.elapsed() > PATIENCE {
+            return None;
+        }
+        std::thread::sleep(Duration::from_micros(20));
+    }
 }

@@ -50,7 +50,7 @@ fn one(options: &FootprintArgs, target: &Target) -> Result<(Saved, String)> {
     let proc = started.switch.proc();
     let before = proc.threads();
     let watched = std::time::Instant::now();
-    interrupt::sleep(Duration::from_secs_f64(options.seconds))?;
+    let interrupted = watch(&session, Duration::from_secs_f64(options.seconds));
     let after = proc.threads();
     let grown = after.iter().map(|(id, after)| {
         let before = before.get(id).map_or(Duration::ZERO, |before| before.cpu);
@@ -58,7 +58,7 @@ fn one(options: &FootprintArgs, target: &Target) -> Result<(Saved, String)> {
     });
     let cpu = grown.sum::<f64>() / watched.elapsed().as_secs_f64();
     let (resident_mib, hugepages_mib) = memory(proc.pid());
-    let text = format!(
+    let mut text = format!(
         "{}: {count} silent containers: {resident_mib:.1} MiB resident (the containers' shared memory as far as it is mapped \
          included), {hugepages_mib:.0} MiB of hugepages, {:.2} CPUs, {} threads\n",
         session.peer,
@@ -77,7 +77,22 @@ fn one(options: &FootprintArgs, target: &Target) -> Result<(Saved, String)> {
         .saved
         .measurements
         .push(Measurement::Footprint(footprint));
-    Ok((session.close(true), text))
+    if let Err(why) = &interrupted {
+        text += &format!("  PARTIAL: {why:#}; this is of the time until then\n");
+        let caveats = &mut session.saved.caveats;
+        caveats.push(format!("footprint: watched for a shorter time: {why:#}"));
+    }
+    Ok((session.close(interrupted.is_ok()), text))
+}
+
+/// Waits, with a bar that moves twice a second at most: every wake-up is one of this machine's.
+fn watch(session: &Session, time: Duration) -> Result<()> {
+    let steps = (time.as_secs_f64() * 2.0).ceil().clamp(1.0, 20.0) as u32;
+    for step in 0..steps {
+        session.progress(f64::from(step) / f64::from(steps), "watching it rest");
+        interrupt::sleep(time / steps)?;
+    }
+    Ok(())
 }
 
 /// Resident memory and hugepages of a process, MiB.

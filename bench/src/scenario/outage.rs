@@ -61,6 +61,10 @@ fn one(options: &OutageArgs, target: &Target) -> Result<(Saved, String)> {
     settle(&session)?;
     let mut text = String::new();
     for time in 1..=options.times {
+        session.progress(
+            f64::from(time - 1) / f64::from(options.times),
+            &format!("outage {time} of {}", options.times),
+        );
         let gaps_ms = match reset(options, &target, &mut session) {
             Err(error) if time > 1 => {
                 text += &format!("  PARTIAL: {error:#}\n");
