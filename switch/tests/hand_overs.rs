@@ -225,3 +225,47 @@ fn a_picture_is_freed_when_no_worker_looks_at_it() {
     assert!(fails(|| picture(Ordering::Relaxed, Ordering::Acquire)));
     assert!(fails(|| picture(Ordering::Release, Ordering::Relaxed)));
 }
+
+/// A worker that answers and then ends (`mailbox.rs`, `ask`): control looks for the end first and for the answer then, so that an
+/// answer given at the last moment is not lost.
+fn last_answer(end: Ordering, see: Ordering, end_first: bool) {
+    loom::model(move || {
+        let shared = Arc::new((AtomicUsize::new(0), AtomicBool::new(false)));
+        let other = shared.clone();
+        let worker = thread::spawn(move || {
+            let (answer, stopped) = &*other;
+            answer.store(1, Ordering::Release);
+            stopped.store(true, end);
+        });
+        let (answer, stopped) = &*shared;
+        let (over, given) = if end_first {
+            let over = stopped.load(see);
+            (over, answer.load(Ordering::Acquire))
+        } else {
+            let given = answer.load(Ordering::Acquire);
+            (stopped.load(see), given)
+        };
+        assert!(!over || given == 1, "an answer that nobody gets");
+        worker.join().expect("worker");
+    });
+}
+
+#[test]
+fn the_last_answer_of_a_worker_is_heard() {
+    last_answer(Ordering::Release, Ordering::Acquire, true);
+    assert!(fails(|| last_answer(
+        Ordering::Relaxed,
+        Ordering::Acquire,
+        true
+    )));
+    assert!(fails(|| last_answer(
+        Ordering::Release,
+        Ordering::Relaxed,
+        true
+    )));
+    assert!(fails(|| last_answer(
+        Ordering::Release,
+        Ordering::Acquire,
+        false
+    )));
+}

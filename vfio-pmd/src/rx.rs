@@ -33,7 +33,9 @@ pub struct RxQueue {
     count: usize,
     lent: Box<[Lent; BURST_MAX]>,
     /// Lengths of the pieces of frames that have several, in the order of `lent`.
-    pieces: Vec<u16>,
+    pieces: Box<[u16; BURST_MAX * PIECES_MAX]>,
+    /// How many of them are in use.
+    pieces_used: usize,
     vector: u32,
     wake: Option<Arc<OwnedFd>>,
     transport: Arc<dyn Transport>,
@@ -95,7 +97,8 @@ impl RxQueue {
             usual: 0,
             count: 0,
             lent: Box::new([nothing; BURST_MAX]),
-            pieces: Vec::with_capacity(BURST_MAX * PIECES_MAX),
+            pieces: Box::new([0; BURST_MAX * PIECES_MAX]),
+            pieces_used: 0,
             vector,
             wake,
             transport,
@@ -164,7 +167,7 @@ impl RxQueue {
                 break;
             }
             self.ring.prefetch(self.next.wrapping_add(ready as u32));
-            words[ready] = word;
+            words[ready % BURST_MAX] = word;
             ready += 1;
         }
         self.usual = ready as u32;
@@ -172,12 +175,12 @@ impl RxQueue {
         fence(Acquire);
         // 2. Make frames of them.
         self.count = 0;
-        self.pieces.clear();
+        self.pieces_used = 0;
         let mut at = 0;
         while at < ready {
-            let word = words[at];
+            let word = words[at % BURST_MAX];
             if !word.end() || self.skipping {
-                return self.lend_chains(&words[..ready], at);
+                return self.lend_chains(words.get(..ready).unwrap_or(&[]), at);
             }
             let len = word.length();
             let fault = if len == 0 || len > Ring::BUFFER {
@@ -187,7 +190,7 @@ impl RxQueue {
             } else {
                 None
             };
-            self.lent[self.count] = Lent {
+            self.lent[self.count % BURST_MAX] = Lent {
                 position: self.next.wrapping_add(at as u32),
                 len,
                 done: word,
@@ -205,7 +208,7 @@ impl RxQueue {
     /// True if the next descriptor continues a frame that was given up.
     fn skips(&self) -> bool {
         match self.count.checked_sub(1) {
-            Some(last) => !self.lent[last].ends,
+            Some(last) => !self.lent[last % BURST_MAX].ends,
             None => self.skipping,
         }
     }
@@ -216,7 +219,7 @@ impl RxQueue {
     fn lend_chains(&mut self, words: &[RxDone], mut at: usize) -> Frames<'_> {
         while at < words.len() {
             let (first, continued) = (at, self.skips());
-            let from = self.pieces.len();
+            let from = self.pieces_used;
             let (mut len, mut damaged, mut absurd) = (0, false, false);
             let last = loop {
                 let word = match words.get(at) {
@@ -228,14 +231,18 @@ impl RxQueue {
                     }
                 };
                 if !word.done() {
-                    self.pieces.truncate(from);
+                    self.pieces_used = from;
                     return Frames { queue: self };
                 }
                 at += 1;
                 len += word.length();
                 absurd |= word.length() == 0 || word.length() > Ring::BUFFER;
                 damaged |= word.damaged();
-                self.pieces.push(word.length() as u16);
+                // At most a burst of frames of at most so many pieces.
+                if let Some(piece) = self.pieces.get_mut(self.pieces_used) {
+                    *piece = word.length() as u16;
+                    self.pieces_used += 1;
+                }
                 if word.end() || at - first == PIECES_MAX {
                     break word;
                 }
@@ -247,7 +254,7 @@ impl RxQueue {
             } else {
                 damaged.then_some(RxFault::Damaged)
             };
-            self.lent[self.count] = Lent {
+            self.lent[self.count % BURST_MAX] = Lent {
                 position: self.next.wrapping_add(first as u32),
                 len,
                 done: last,
@@ -265,7 +272,10 @@ impl RxQueue {
     #[inline]
     pub fn give_back(&mut self, frames: usize) {
         let frames = frames.min(self.count);
-        let Some(last) = frames.checked_sub(1).map(|last| self.lent[last]) else {
+        let Some(last) = frames
+            .checked_sub(1)
+            .map(|last| self.lent[last % BURST_MAX])
+        else {
             return;
         };
         let end = last.position.wrapping_add(u32::from(last.descs));
@@ -335,9 +345,8 @@ impl<'a> Frames<'a> {
     #[inline]
     pub fn iter(&self) -> impl Iterator<Item = RxFrame<'a>> + use<'a> {
         let queue = self.queue;
-        queue.lent[..queue.count]
-            .iter()
-            .map(move |lent| RxFrame { queue, lent })
+        let lent = queue.lent.get(..queue.count).unwrap_or(&[]);
+        lent.iter().map(move |lent| RxFrame { queue, lent })
     }
 }
 
@@ -375,10 +384,10 @@ impl<'a> RxFrame<'a> {
         let (queue, lent) = (self.queue, self.lent);
         let count = if lent.fault.is_some() { 0 } else { lent.descs };
         (0..count).map(move |index| {
-            let len = if count == 1 {
-                lent.len
-            } else {
-                u32::from(queue.pieces[usize::from(lent.pieces) + usize::from(index)])
+            let place = usize::from(lent.pieces) + usize::from(index);
+            let len = match queue.pieces.get(place) {
+                Some(len) if count != 1 => u32::from(*len),
+                _ => lent.len,
             };
             queue
                 .ring

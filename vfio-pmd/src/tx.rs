@@ -120,11 +120,20 @@ impl TxQueue {
         self.ring.size() - 1 - self.tail.wrapping_sub(self.head)
     }
 
+    /// Where the mark of this number is: there are a power of two.
+    fn mark_place(&self, number: u32) -> usize {
+        number as usize & self.marks.len().wrapping_sub(1)
+    }
+
+    fn mark(&self, number: u32) -> u32 {
+        let place = self.mark_place(number);
+        self.marks.get(place).copied().unwrap_or(self.head)
+    }
+
     /// Finds out what the device has sent.
     fn reclaim(&mut self) {
-        let len = self.marks.len() as u32;
         while self.first_mark != self.end_mark {
-            let mark = self.marks[(self.first_mark % len) as usize];
+            let mark = self.mark(self.first_mark);
             if self.ring.high(mark.wrapping_sub(1)) & TX_DONE == 0 {
                 break;
             }
@@ -261,8 +270,10 @@ impl TxQueue {
         self.tail = self.tail.wrapping_add(count);
         if report {
             self.silent = 0;
-            let len = self.marks.len() as u32;
-            self.marks[(self.end_mark % len) as usize] = self.tail;
+            let place = self.mark_place(self.end_mark);
+            if let Some(mark) = self.marks.get_mut(place) {
+                *mark = self.tail;
+            }
             self.end_mark = self.end_mark.wrapping_add(1);
         } else {
             self.silent += count;
@@ -294,14 +305,13 @@ impl TxQueue {
     /// Takes back all frames pushed since the last [`TxQueue::publish`]: the device never sees them.
     #[cold]
     pub fn take_back(&mut self) {
-        let len = self.marks.len() as u32;
         let beyond = |position: u32| {
             let back = self.tail.wrapping_sub(position);
             back < self.tail.wrapping_sub(self.published)
         };
         while self.first_mark != self.end_mark {
             let newest = self.end_mark.wrapping_sub(1);
-            if !beyond(self.marks[(newest % len) as usize]) {
+            if !beyond(self.mark(newest)) {
                 break;
             }
             self.end_mark = newest;
@@ -309,7 +319,7 @@ impl TxQueue {
         self.tail = self.published;
         let last = match self.first_mark == self.end_mark {
             true => self.head,
-            false => self.marks[(self.end_mark.wrapping_sub(1) % len) as usize],
+            false => self.mark(self.end_mark.wrapping_sub(1)),
         };
         self.silent = self.tail.wrapping_sub(last);
         // The device may not have seen the last context.

@@ -201,13 +201,13 @@ impl Fdb {
     /// Starts to fetch what `lookup` and `learn` will need.
     #[inline]
     pub fn prefetch(&self, hash: Hash) {
-        prefetch(&self.buckets[self.home(hash)]);
+        prefetch(self.bucket(self.home(hash)));
     }
 
     /// Where the station is, if known.
     #[inline]
     pub fn lookup(&self, key: Key, hash: Hash) -> Option<Station> {
-        match self.buckets[self.home(hash)].probe(key.0) {
+        match self.bucket(self.home(hash)).probe(key.0) {
             Probe::Hit(seen) => Some(station(seen)),
             Probe::Miss { spilled: false } => None,
             _ => self.look_again(key, hash).map(|(_, seen)| station(seen)),
@@ -217,7 +217,7 @@ impl Fdb {
     /// A frame came from this station. Costs only reads if that is no news.
     #[inline]
     pub fn learn(&self, key: Key, hash: Hash, port: PortId, generation: u16, now: u32) -> Learned {
-        let home = &self.buckets[self.home(hash)];
+        let home = self.bucket(self.home(hash));
         let place = u32::from(generation) << 16 | u32::from(port.0);
         match home.probe(key.0) {
             Probe::Hit(seen) if seen.station == place => refresh(home, seen.slot, now),
@@ -235,7 +235,7 @@ impl Fdb {
         generation: u16,
         now: u32,
     ) -> bool {
-        let home = &self.buckets[self.home(hash)];
+        let home = self.bucket(self.home(hash));
         let place = u32::from(generation) << 16 | u32::from(port.0);
         match home.probe(key.0) {
             Probe::Hit(seen) if seen.station == place => {
@@ -327,6 +327,16 @@ impl Fdb {
         }
     }
 
+    /// The bucket of this number; numbers beyond the table begin again.
+    #[inline]
+    fn bucket(&self, number: usize) -> &Bucket {
+        // SAFETY: `new` asserted that the number of buckets is a power of two: what this mask leaves is below it.
+        unsafe {
+            self.buckets
+                .get_unchecked(number & (self.buckets.len() - 1))
+        }
+    }
+
     /// A station's first bucket.
     #[inline]
     fn home(&self, hash: Hash) -> usize {
@@ -346,10 +356,7 @@ impl Fdb {
     #[cold]
     #[inline(never)]
     fn look_again(&self, key: Key, hash: Hash) -> Option<(&Bucket, Seen)> {
-        let (home, away) = (
-            &self.buckets[self.home(hash)],
-            &self.buckets[self.away(hash)],
-        );
+        let (home, away) = (self.bucket(self.home(hash)), self.bucket(self.away(hash)));
         for _ in 0..LOOKS_MAX {
             match probe_both(home, away, key.0) {
                 (bucket, Probe::Hit(seen)) => return Some((bucket, seen)),

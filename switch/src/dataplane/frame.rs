@@ -156,14 +156,22 @@ impl Slots {
     /// Every piece stays mapped until the burst's borrow ends, and fewer than [`BURST_MAX`] frames were pushed.
     #[cold]
     pub unsafe fn push_pieces(&mut self, pieces: &[Segment]) -> bool {
-        debug_assert!(self.count < BURST_MAX && !pieces.is_empty() && pieces.len() <= SEGMENTS_MAX);
-        if self.spilled + pieces.len() - 1 > SPILL_MAX {
+        debug_assert!(self.count < BURST_MAX && pieces.len() <= SEGMENTS_MAX);
+        let Some((first, further)) = pieces.split_first() else {
+            debug_assert!(false, "a frame has at least one piece");
             return false;
+        };
+        let spill = self.spill.get_mut(self.spilled..);
+        let Some(spill) = spill.and_then(|spill| spill.get_mut(..further.len())) else {
+            return false;
+        };
+        for (place, piece) in spill.iter_mut().zip(further) {
+            *place = *piece;
         }
         let len = pieces
             .iter()
             .fold(0u32, |sum, piece| sum.saturating_add(piece.len));
-        let head = &mut self.heads[self.count];
+        let head = &mut self.heads[self.count % BURST_MAX];
         head.0 = [0; HEAD_LEN];
         let mut have = 0;
         for piece in pieces {
@@ -172,16 +180,15 @@ impl Slots {
             unsafe { copy_once(piece.at, head.0.as_mut_ptr().add(have), take) };
             have += take;
         }
-        self.spill[self.spilled..self.spilled + pieces.len() - 1].copy_from_slice(&pieces[1..]);
-        self.frames[self.count] = Frame {
-            at: pieces[0].at,
+        self.frames[self.count % BURST_MAX] = Frame {
+            at: first.at,
             len,
-            first: pieces[0].len,
+            first: first.len,
             from: self.spilled as u16,
-            pieces: (pieces.len() - 1) as u16,
+            pieces: further.len() as u16,
             fault: None,
         };
-        self.spilled += pieces.len() - 1;
+        self.spilled += further.len();
         self.count += 1;
         true
     }
@@ -190,8 +197,8 @@ impl Slots {
     #[cold]
     pub fn push_fault(&mut self, reason: Reason) {
         debug_assert!(self.count < BURST_MAX);
-        self.heads[self.count].0 = [0; HEAD_LEN];
-        self.frames[self.count] = Frame {
+        self.heads[self.count % BURST_MAX].0 = [0; HEAD_LEN];
+        self.frames[self.count % BURST_MAX] = Frame {
             fault: Some(reason),
             ..NOTHING
         };
@@ -226,19 +233,25 @@ impl Burst<'_> {
     /// The private heads, one per frame.
     #[inline]
     pub fn heads(&self) -> &[Head] {
-        &self.slots.heads[..self.slots.count]
+        self.slots.heads.get(..self.slots.count).unwrap_or(&[])
+    }
+
+    /// The private head of frame `index`.
+    #[inline]
+    pub fn head(&self, index: usize) -> &Head {
+        &self.slots.heads[index % BURST_MAX]
     }
 
     /// Length in bytes of frame `index`; 0 if it carries a fault.
     #[inline]
     pub fn frame_len(&self, index: usize) -> u32 {
-        self.slots.frames[index].len
+        self.slots.frames[index % BURST_MAX].len
     }
 
     /// Why frame `index` has to be dropped, if its queue says so.
     #[inline]
     pub fn fault(&self, index: usize) -> Option<Reason> {
-        self.slots.frames[index].fault
+        self.slots.frames[index % BURST_MAX].fault
     }
 
     /// True if the sender's memory vanished: bytes copied from it may be zeros.
@@ -256,8 +269,8 @@ impl Burst<'_> {
     /// `to` is valid for writes of `frame_len(index)` bytes.
     #[inline]
     pub unsafe fn copy(&self, index: usize, to: *mut u8) {
-        let frame = &self.slots.frames[index];
-        let head = &self.slots.heads[index];
+        let frame = &self.slots.frames[index % BURST_MAX];
+        let head = self.head(index);
         let len = frame.len as usize;
         if len == HEAD_LEN && self.slots.lines {
             // SAFETY: HEAD_LEN bytes of the head are ours to read, and `to` is the caller's promise; `lines` says that AVX-512 is there.
@@ -284,14 +297,14 @@ impl Burst<'_> {
     /// `from + len` does not exceed the frame's length, and `to` is valid for writes of `len` bytes.
     #[cold]
     pub unsafe fn copy_part(&self, index: usize, from: usize, len: usize, to: *mut u8) {
-        let frame = &self.slots.frames[index];
+        let frame = &self.slots.frames[index % BURST_MAX];
         debug_assert!(from + len <= frame.len as usize);
         let (mut skip, mut left, mut to) = (from, len, to);
         if skip < HEAD_LEN {
             let take = left.min(HEAD_LEN - skip);
             // SAFETY: `skip + take <= HEAD_LEN`; `take <= left`, the room at `to`.
             unsafe {
-                ptr::copy_nonoverlapping(self.slots.heads[index].0.as_ptr().add(skip), to, take);
+                ptr::copy_nonoverlapping(self.head(index).0.as_ptr().add(skip), to, take);
                 to = to.add(take);
             }
             skip += take;
@@ -301,8 +314,9 @@ impl Burst<'_> {
             at: frame.at,
             len: frame.first,
         };
-        let further = &self.slots.spill
-            [usize::from(frame.from)..usize::from(frame.from) + usize::from(frame.pieces)];
+        let from_here = self.slots.spill.get(usize::from(frame.from)..);
+        let further = from_here.and_then(|spill| spill.get(..usize::from(frame.pieces)));
+        let further = further.unwrap_or(&[]); // `push_pieces` put them there
         for piece in std::iter::once(&first).chain(further) {
             let size = piece.len as usize;
             if skip >= size {

@@ -90,9 +90,11 @@ const NONE: u16 = u16::MAX;
 
 /// The receive queues of a worker, and which of them are polled in which pass. All memory is taken at start.
 struct Schedule {
-    slots: Vec<Option<Entry>>,
-    free: Vec<u16>,
-    active: Vec<u16>,
+    slots: Box<[Option<Entry>]>,
+    /// Slots used so far, the free ones included.
+    used: usize,
+    free: List,
+    active: List,
     /// Idle queues, in lists: those of `wheel[w]` are polled in passes with `pass % WHEEL == w`.
     wheel: [u16; WHEEL],
 }
@@ -102,6 +104,51 @@ struct Entry {
     empty_polls: u32,
     /// The next entry in the same spoke of the wheel.
     next: u16,
+}
+
+/// Numbers of queues, in memory that was taken at start: nothing grows here.
+struct List {
+    items: Box<[u16; QUEUES_MAX]>,
+    len: usize,
+}
+
+impl List {
+    fn new() -> List {
+        List {
+            items: Box::new([NONE; QUEUES_MAX]),
+            len: 0,
+        }
+    }
+
+    /// Each number is in one list at most once, so there is room for it.
+    fn push(&mut self, number: u16) {
+        if let Some(place) = self.items.get_mut(self.len) {
+            *place = number;
+            self.len += 1;
+        }
+    }
+
+    fn pop(&mut self) -> Option<u16> {
+        self.len = self.len.checked_sub(1)?;
+        self.items.get(self.len).copied()
+    }
+
+    #[inline]
+    fn at(&self, at: usize) -> Option<u16> {
+        (at < self.len).then(|| self.items[at % QUEUES_MAX])
+    }
+
+    fn position(&self, number: u16) -> Option<usize> {
+        (0..self.len).find(|at| self.at(*at) == Some(number))
+    }
+
+    fn swap_remove(&mut self, at: usize) {
+        if let Some(last) = self.pop()
+            && at < self.len
+        {
+            self.items[at % QUEUES_MAX] = last;
+        }
+    }
 }
 
 /// The state of a worker's thread.
@@ -145,6 +192,14 @@ impl Worker {
 
     /// Polls until control says stop; returns the queues it still has, for control to drop.
     pub fn run(mut self) -> Vec<RxSlot> {
+        self.work();
+        let left = self.schedule.slots.into_iter().flatten();
+        left.map(|entry| *entry.slot).collect()
+    }
+
+    /// Polls until control says stop. Nothing that this calls can panic (`tests/tests/no_panic.rs`).
+    #[inline(never)]
+    fn work(&mut self) {
         let mut before = tsc();
         let mut last_frame = before;
         for pass in 0usize.. {
@@ -163,12 +218,6 @@ impl Worker {
                 self.sleep();
             }
         }
-        self.schedule
-            .slots
-            .drain(..)
-            .flatten()
-            .map(|entry| *entry.slot)
-            .collect()
     }
 
     /// Does what control asks; false to stop.
@@ -185,10 +234,10 @@ impl Worker {
                     if let Some(slot) = &slot {
                         self.doze.unwatch(&*slot.queue);
                     }
-                    let _ = answer.send(slot);
+                    answer.give(slot);
                 }
                 Letter::Show(topology, answer) => {
-                    let _ = answer.send(std::mem::replace(&mut self.topology, topology));
+                    answer.give(std::mem::replace(&mut self.topology, topology));
                 }
                 Letter::Idle(idle) => self.idle = idle,
                 Letter::Stop => return false,
@@ -202,8 +251,7 @@ impl Worker {
     fn pass(&mut self, pass: usize) -> u64 {
         let mut frames = 0;
         let mut at = 0;
-        while at < self.schedule.active.len() {
-            let index = self.schedule.active[at];
+        while let Some(index) = self.schedule.active.at(at) {
             let taken = self.turn(index);
             frames += taken as u64;
             if self.schedule.rest(at, taken > 0) {
@@ -225,7 +273,7 @@ impl Worker {
     /// One turn of one queue; returns the frames taken.
     #[inline]
     fn turn(&mut self, index: u16) -> usize {
-        let Some(entry) = self.schedule.slots[usize::from(index)].as_mut() else {
+        let Some(entry) = self.schedule.entry(index) else {
             return 0;
         };
         let RxSlot { source: rx, queue } = &mut *entry.slot;
@@ -298,10 +346,8 @@ impl Worker {
             WorkerCounters::add(&self.counters.sleeps, 1);
             self.doze.sleep(Duration::from_millis(500));
         }
-        for index in 0..self.schedule.slots.len() {
-            if let Some(entry) = &mut self.schedule.slots[index] {
-                entry.slot.queue.disarm();
-            }
+        for entry in self.schedule.slots.iter_mut().flatten() {
+            entry.slot.queue.disarm();
         }
         self.schedule.wake_all();
     }
@@ -314,7 +360,7 @@ fn within_budget(floods: u64, targets: usize, count: usize) -> usize {
     if copies <= FLOOD_BUDGET {
         return count;
     }
-    let mut left = (FLOOD_BUDGET / targets).max(1);
+    let mut left = FLOOD_BUDGET.checked_div(targets).unwrap_or(0).max(1);
     for index in 0..count {
         if floods >> index & 1 == 1 {
             if left == 0 {
@@ -375,7 +421,7 @@ impl Way<'_> {
                 verdict
             };
             floods |= u64::from(verdict == FLOOD) << index;
-            verdicts[index] = verdict;
+            verdicts[index % BURST_MAX] = verdict;
         }
         floods
     }
@@ -469,7 +515,7 @@ impl Way<'_> {
         verdicts: &[Verdict; BURST_MAX],
     ) {
         while picks != 0 {
-            let verdict = verdicts[picks.trailing_zeros() as usize];
+            let verdict = verdicts[picks.trailing_zeros() as usize % BURST_MAX];
             let mut same = 0u64;
             for (index, other) in verdicts.iter().enumerate() {
                 same |= u64::from(*other == verdict) << index;
@@ -541,11 +587,17 @@ impl Way<'_> {
 impl Schedule {
     fn new() -> Schedule {
         Schedule {
-            slots: Vec::with_capacity(QUEUES_MAX),
-            free: Vec::with_capacity(QUEUES_MAX),
-            active: Vec::with_capacity(QUEUES_MAX),
+            slots: (0..QUEUES_MAX).map(|_| None).collect(),
+            used: 0,
+            free: List::new(),
+            active: List::new(),
             wheel: [NONE; WHEEL],
         }
+    }
+
+    #[inline]
+    fn entry(&mut self, index: u16) -> Option<&mut Entry> {
+        self.slots.get_mut(usize::from(index))?.as_mut()
     }
 
     fn insert(&mut self, slot: Box<RxSlot>) {
@@ -554,16 +606,16 @@ impl Schedule {
             empty_polls: 0,
             next: NONE,
         });
-        let index = match self.free.pop() {
-            Some(index) => {
-                self.slots[usize::from(index)] = entry;
-                index
-            }
-            None => {
-                self.slots.push(entry);
-                (self.slots.len() - 1) as u16
-            }
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.used += 1;
+            (self.used - 1) as u16
+        });
+        let Some(place) = self.slots.get_mut(usize::from(index)) else {
+            // Control attaches no more: see `QUEUES_MAX`.
+            debug_assert!(false, "more than {QUEUES_MAX} queues");
+            return;
         };
+        *place = entry;
         self.active.push(index);
     }
 
@@ -573,7 +625,7 @@ impl Schedule {
             .iter()
             .position(|slot| slot.as_ref().is_some_and(|e| e.slot.source.id == id))?;
         let number = index as u16;
-        if let Some(at) = self.active.iter().position(|i| *i == number) {
+        if let Some(at) = self.active.position(number) {
             self.active.swap_remove(at);
         } else {
             for spoke in 0..WHEEL {
@@ -581,7 +633,7 @@ impl Schedule {
             }
         }
         self.free.push(number);
-        self.slots[index].take().map(|entry| entry.slot)
+        self.slots.get_mut(index)?.take().map(|entry| entry.slot)
     }
 
     fn unlink(&mut self, spoke: usize, number: u16) {
@@ -598,8 +650,10 @@ impl Schedule {
     /// Notes the outcome of polling `active[at]`; true if the queue went to the wheel.
     #[inline]
     fn rest(&mut self, at: usize, busy: bool) -> bool {
-        let index = self.active[at];
-        let Some(entry) = self.slots[usize::from(index)].as_mut() else {
+        let Some(index) = self.active.at(at) else {
+            return false;
+        };
+        let Some(entry) = self.entry(index) else {
             return false;
         };
         if busy {
@@ -618,27 +672,26 @@ impl Schedule {
     /// Takes the whole list of a spoke.
     #[inline]
     fn unhook(&mut self, spoke: usize) -> u16 {
-        std::mem::replace(&mut self.wheel[spoke], NONE)
+        std::mem::replace(&mut self.wheel[spoke % WHEEL], NONE)
     }
 
     #[inline]
     fn next(&self, index: u16) -> u16 {
-        self.slots[usize::from(index)]
-            .as_ref()
-            .map_or(NONE, |entry| entry.next)
+        let entry = self.slots.get(usize::from(index));
+        entry.and_then(Option::as_ref).map_or(NONE, |e| e.next)
     }
 
     /// Puts an idle queue (back) on its spoke, or among the active ones if it had frames.
     #[inline]
     fn hook(&mut self, index: u16, spoke: usize, busy: bool) {
-        let Some(entry) = self.slots[usize::from(index)].as_mut() else {
+        let Some(Some(entry)) = self.slots.get_mut(usize::from(index)) else {
             return;
         };
         if busy {
             entry.empty_polls = 0;
             self.active.push(index);
         } else {
-            entry.next = std::mem::replace(&mut self.wheel[spoke], index);
+            entry.next = std::mem::replace(&mut self.wheel[spoke % WHEEL], index);
         }
     }
 

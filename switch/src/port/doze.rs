@@ -4,7 +4,6 @@
 //! the worker once per sleep at most.
 #![allow(unsafe_code)]
 
-use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -55,10 +54,9 @@ impl Wake for Bell {
 }
 
 fn wake_fd(queue: &dyn RxQueue) -> Option<BorrowedFd<'_>> {
-    // SAFETY: the queue owns the descriptor and is borrowed for as long as the result lives.
-    queue
-        .wake_fd()
-        .map(|fd| unsafe { BorrowedFd::borrow_raw(fd) })
+    let fd = queue.wake_fd().filter(|fd| *fd >= 0)?;
+    // SAFETY: the queue owns the descriptor and is borrowed for as long as the result lives; it is not -1.
+    Some(unsafe { BorrowedFd::borrow_raw(fd) })
 }
 
 impl Doze for Bed {
@@ -85,7 +83,11 @@ impl Doze for Bed {
             tv_sec: most.as_secs() as i64,
             tv_nsec: i64::from(most.subsec_nanos()),
         };
-        let mut events = [const { MaybeUninit::uninit() }; 4];
+        let nothing = epoll::Event {
+            flags: epoll::EventFlags::empty(),
+            data: epoll::EventData::new_u64(0),
+        };
+        let mut events = [nothing; 4];
         let _ = epoll::wait(&self.epoll, &mut events, Some(&timeout));
         let _ = rustix::io::read(&self.bell.0, &mut [0u8; 8]);
     }

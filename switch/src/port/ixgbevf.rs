@@ -30,12 +30,12 @@ const TAGGED: [u8; 2] = [0x81, 0x00];
 /// Source addresses of the group-addressed frames that left lately.
 ///
 /// Threads: written by whoever sends, read by whoever receives. Relaxed: each entry is one word that stands for itself.
-pub struct Echoes(Box<[AtomicU64]>);
+pub struct Echoes(Box<[AtomicU64; ECHOES]>);
 
 impl Echoes {
     /// Nothing left yet.
     pub fn new() -> Arc<Echoes> {
-        Arc::new(Echoes((0..ECHOES).map(|_| AtomicU64::new(0)).collect()))
+        Arc::new(Echoes(Box::new([const { AtomicU64::new(0) }; ECHOES])))
     }
 
     /// The entry for `source`: 48 bits of address, 16 of time.
@@ -146,7 +146,7 @@ fn push_odd(slots: &mut Slots, frame: &rx::RxFrame<'_>) -> bool {
                 count += 1;
             }
             // SAFETY: the pieces lie in buffers of the queue, which stays borrowed with the burst of at most BURST_MAX frames.
-            return unsafe { slots.push_pieces(&segments[..count]) };
+            return unsafe { slots.push_pieces(segments.get(..count).unwrap_or(&[])) };
         }
     }
     true
@@ -182,7 +182,7 @@ impl Sender for ToWire {
         };
         while picks != 0 {
             let index = picks.trailing_zeros() as usize;
-            let (len, head) = (burst.frame_len(index), &burst.heads()[index].0);
+            let (len, head) = (burst.frame_len(index), &burst.head(index).0);
             let tag = if head[12..14] == TAGGED { 4 } else { 0 };
             if len > self.frame_max + tag {
                 sent.small += 1;

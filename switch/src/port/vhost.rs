@@ -145,7 +145,7 @@ impl FromGuest {
             slots.push_fault(Reason::Oversize);
         } else {
             // SAFETY: each piece was checked against the guest's memory, which the ring keeps mapped; `skip <= len`.
-            return unsafe { slots.push_pieces(&segments[..count]) };
+            return unsafe { slots.push_pieces(segments.get(..count).unwrap_or(&[])) };
         }
         true
     }

@@ -198,8 +198,8 @@ impl PackedRing {
             // SAFETY: as in `flags`.
             let desc = unsafe { self.table.read(place.index) };
             let slots = if flags == place.available() | plain {
-                buffers.list[index] = one_piece(&self.mem, &mut self.hit, &desc);
-                self.ids[index] = desc.third;
+                buffers.list[index % BATCH] = one_piece(&self.mem, &mut self.hit, &desc);
+                self.ids[index % BATCH] = desc.third;
                 1
             } else if flags & (flag::AVAIL | flag::USED) != place.available()
                 || buffers.walked_enough()
@@ -211,11 +211,11 @@ impl PackedRing {
                 let Ok(buffer) = buffer else {
                     return Ok(index);
                 };
-                buffers.list[index] = buffer;
-                self.ids[index] = id;
+                buffers.list[index % BATCH] = buffer;
+                self.ids[index % BATCH] = id;
                 slots
             };
-            self.slots[index] = slots;
+            self.slots[index % BATCH] = slots;
             place = place.ahead(slots, size);
             left -= slots;
             if left == 0 {
@@ -289,15 +289,20 @@ impl PackedRing {
         let batch = self.in_order && self.way == Way::FromGuest;
         for index in 1..count {
             if !batch {
-                self.put_used(place, self.ids[index], len(index), Ordering::Relaxed);
+                self.put_used(
+                    place,
+                    self.ids[index % BATCH],
+                    len(index),
+                    Ordering::Relaxed,
+                );
             }
-            place = place.ahead(self.slots[index], size);
-            used = used.saturating_add(self.slots[index]);
+            place = place.ahead(self.slots[index % BATCH], size);
+            used = used.saturating_add(self.slots[index % BATCH]);
         }
         // The first one last: its flags show the whole batch at once. With IN_ORDER its element stands for the batch and
         // has the last buffer's id (§2.8.9). Release: pairs with the driver's Acquire load of the flags.
         if batch {
-            self.put_used(first, self.ids[count - 1], 0, Ordering::Release);
+            self.put_used(first, self.ids[(count - 1) % BATCH], 0, Ordering::Release);
         } else {
             self.put_used(first, self.ids[0], len(0), Ordering::Release);
         }

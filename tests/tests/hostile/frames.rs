@@ -14,13 +14,17 @@ use super::x::{Wild, X};
 
 /// Sends many frames; `each` writes one and says how long it is.
 fn pour(wild: &mut Wild, frames: usize, mut each: impl FnMut() -> Vec<u8>) -> Result<()> {
-    let (mut left, end) = (frames, Instant::now() + PATIENCE);
+    let (mut left, mut end) = (frames, Instant::now() + PATIENCE);
     while left > 0 {
-        left -= wild.queues.tx.send(left.min(64), |slot| {
+        let taken = wild.queues.tx.send(left.min(64), |slot| {
             let bytes = each();
             slot.write(0, &bytes);
             bytes.len()
         });
+        left -= taken;
+        if taken > 0 {
+            end = Instant::now() + PATIENCE;
+        }
         ensure!(Instant::now() < end, "the switch takes no more frames");
     }
     Ok(())

@@ -219,8 +219,8 @@ pub(super) fn h34_a_sparse_file_is_not_filled_at_our_expense() -> Result<()> {
         talk.say(req::GET_FEATURES, &[])?;
         talk.hear()?;
         // One frame per page that nobody ever touched: more pages than 64 MiB have.
-        let end = Instant::now() + PATIENCE;
         for page in 0..20_000 {
+            let end = Instant::now() + PATIENCE;
             let at = SPARSE + page * (4 << 20) % size + page / 16_384 * 4096;
             hand.post(&mut wild.queues.tx, &[(at, 72, 0)]);
             while !hand.has_room(&wild.queues.tx) && wild.guest.connected() {

@@ -114,8 +114,8 @@ impl Bucket {
         // Acquire: pairs with the Release of `Claim::drop`: what we read below is at least as new as this head.
         let head = Head(self.head.load(Acquire));
         let slot = self.slot_of(key);
-        let hit = self.keys[slot].load(Relaxed) == key && head.is_valid(slot);
-        let station = self.stations[slot].load(Relaxed);
+        let hit = self.keys[slot % SLOTS].load(Relaxed) == key && head.is_valid(slot);
+        let station = self.stations[slot % SLOTS].load(Relaxed);
         // Acquire: pairs with the Release fences of `Claim`: if one of the loads above saw a writer's store, the next load sees the
         // head that this writer had left before it.
         fence(Acquire);
@@ -176,9 +176,9 @@ impl Bucket {
         })
     }
 
-    /// All that is here; may be torn: to be checked under a claim.
+    /// All that is here; may be torn: to be checked under a claim or by `probe`.
     pub(super) fn glance(&self) -> [Option<Record>; SLOTS] {
-        let head = Head(self.head.load(Acquire)); // Acquire: as in `probe`.
+        let head = Head(self.head.load(Relaxed)); // Relaxed: no more than a hint.
         let held = |slot| self.record(slot, head.is_static(slot));
         std::array::from_fn(|slot| head.is_valid(slot).then(|| held(slot)))
     }
@@ -190,9 +190,9 @@ impl Bucket {
 
     fn record(&self, slot: usize, is_static: bool) -> Record {
         Record {
-            key: self.keys[slot].load(Relaxed),
-            station: self.stations[slot].load(Relaxed),
-            stamp: self.stamps[slot].load(Relaxed),
+            key: self.keys[slot % SLOTS].load(Relaxed),
+            station: self.stations[slot % SLOTS].load(Relaxed),
+            stamp: self.stamps[slot % SLOTS].load(Relaxed),
             is_static,
         }
     }
@@ -272,9 +272,9 @@ impl Claim<'_> {
         self.hide(slot);
         // Release: pairs with the Acquire fence of `probe`: who sees one of these stores sees that the head has changed.
         fence(Release);
-        self.bucket.keys[slot].store(record.key, Relaxed);
-        self.bucket.stations[slot].store(record.station, Relaxed);
-        self.bucket.stamps[slot].store(record.stamp, Relaxed);
+        self.bucket.keys[slot % SLOTS].store(record.key, Relaxed);
+        self.bucket.stations[slot % SLOTS].store(record.station, Relaxed);
+        self.bucket.stamps[slot % SLOTS].store(record.stamp, Relaxed);
         self.wanted |= VALID << slot | if record.is_static { STATIC << slot } else { 0 };
     }
 
@@ -292,8 +292,8 @@ impl Claim<'_> {
     /// The station in `slot` is now heard elsewhere. It stays visible: readers see the old place or the new one.
     pub(super) fn relocate(&mut self, slot: usize, station: u32, stamp: u16) {
         fence(Release); // Release: as in `put`, for a reader whose head is from before this slot got its present key.
-        self.bucket.stations[slot].store(station, Relaxed);
-        self.bucket.stamps[slot].store(stamp, Relaxed);
+        self.bucket.stations[slot % SLOTS].store(station, Relaxed);
+        self.bucket.stamps[slot % SLOTS].store(stamp, Relaxed);
     }
 
     /// The station in `slot` is static from now on. For a moment readers see its new place without the flag.
@@ -305,7 +305,7 @@ impl Claim<'_> {
     pub(super) fn clear(&mut self, slot: usize) {
         self.hide(slot);
         fence(Release); // Release: as in `put`.
-        self.bucket.keys[slot].store(0, Relaxed);
+        self.bucket.keys[slot % SLOTS].store(0, Relaxed);
     }
 }
 

@@ -53,7 +53,7 @@ impl Fdb {
         index: usize,
         doomed: &mut impl FnMut(&Record) -> bool,
     ) -> usize {
-        let bucket = &self.buckets[index];
+        let bucket = self.bucket(index);
         if !bucket.glance().iter().flatten().any(&mut *doomed) {
             return 0;
         }

@@ -38,7 +38,7 @@ impl Fdb {
             return true;
         }
         let hash = self.hash(Key(new.key));
-        let held = [self.home(hash), self.away(hash)].map(|index| self.buckets[index].glance());
+        let held = [self.home(hash), self.away(hash)].map(|index| self.bucket(index).glance());
         let mut records = held.iter().flatten().flatten();
         let ours = records.any(|record| !record.is_static && record.port() == new.port());
         let hopeless = ours && self.victim(&held, new, RICHER, now).is_none();
@@ -51,7 +51,7 @@ impl Fdb {
     /// Writes a station. Whoever adds or moves a station holds the claim on its home, so that it never appears twice.
     pub(super) fn settle(&self, new: Record, now: u32) -> Learned {
         let hash = self.hash(Key(new.key));
-        let Some(mut home) = self.buckets[self.home(hash)].claim() else {
+        let Some(mut home) = self.bucket(self.home(hash)).claim() else {
             return Learned::Busy;
         };
         if let Some((slot, old)) = home.find(new.key) {
@@ -65,7 +65,7 @@ impl Fdb {
             self.welcome(&new);
             return Learned::New;
         }
-        let Some(mut away) = self.buckets[self.away(hash)].claim() else {
+        let Some(mut away) = self.bucket(self.away(hash)).claim() else {
             return Learned::Busy;
         };
         if let Some((slot, old)) = away.find(new.key) {
@@ -145,7 +145,7 @@ impl Fdb {
         });
         spots
             .filter_map(|spot| {
-                let record = held[spot.side][spot.slot]?;
+                let record = held[spot.side % 2][spot.slot % SLOTS]?;
                 let crowds_us = || crowd(record.port()) > crowd(new.port()) + 1;
                 Some((self.rank(&record, new, crowds_us, now)?, spot))
             })
@@ -193,13 +193,10 @@ impl Fdb {
                     continue;
                 };
                 let hash = self.hash(Key(neighbour.key));
-                if !claim.is_of(&self.buckets[self.home(hash)]) || !claim.can_spill() {
+                if !claim.is_of(self.bucket(self.home(hash))) || !claim.can_spill() {
                     continue;
                 }
-                if claim
-                    .push_on(slot, &self.buckets[self.away(hash)])
-                    .is_none()
-                {
+                if claim.push_on(slot, self.bucket(self.away(hash))).is_none() {
                     continue;
                 }
                 self.load.pushed.fetch_add(1, Relaxed);
@@ -226,10 +223,10 @@ impl Fdb {
         };
         for _ in 0..HAND_STEPS {
             let index = self.load.hand.fetch_add(1, Relaxed) & (self.buckets.len() - 1);
-            if pick(self.buckets[index].glance()).is_none() {
+            if pick(self.bucket(index).glance()).is_none() {
                 continue;
             }
-            let Some(mut claim) = self.buckets[index].claim() else {
+            let Some(mut claim) = self.bucket(index).claim() else {
                 continue;
             };
             if let Some((_, slot, record)) = pick(claim.records()) {
@@ -243,8 +240,8 @@ impl Fdb {
     }
 
     fn replace(&self, pair: &mut [Claim<'_>; 2], spot: Spot, new: Record) -> Learned {
-        if let Some(old) = pair[spot.side].record(spot.slot) {
-            self.has_left(&pair[spot.side], &old);
+        if let Some(old) = pair[spot.side % 2].record(spot.slot) {
+            self.has_left(&pair[spot.side % 2], &old);
             count(&self.load.evicted);
         }
         write(pair, spot, new);
@@ -287,7 +284,7 @@ impl Fdb {
     /// Accounts for a station that is cleared or written over in a bucket we have claimed.
     pub(super) fn has_left(&self, claim: &Claim<'_>, record: &Record) {
         self.leave(record);
-        let home = &self.buckets[self.home(self.hash(Key(record.key)))];
+        let home = self.bucket(self.home(self.hash(Key(record.key))));
         if !claim.is_of(home) {
             home.unspill();
         }
@@ -347,5 +344,5 @@ fn write(pair: &mut [Claim<'_>; 2], spot: Spot, new: Record) {
     if spot.side == 1 {
         pair[0].spill();
     }
-    pair[spot.side].put(spot.slot, new);
+    pair[spot.side % 2].put(spot.slot, new);
 }
