@@ -167,6 +167,7 @@ fn unsafe_code_stays_on_its_islands() {
         "switch/src/control/peer_cred.rs",
         "switch/src/control/sandbox/kernel.rs",
         "switch/src/guest/",
+        "vfio-pmd/benches/",
         "bench/src/kernel/socket.rs",
         "vfio-pmd/src/",
         "vfio-pmd/model/src/dma.rs",

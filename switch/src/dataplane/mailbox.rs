@@ -122,7 +122,7 @@ impl Mailbox {
                 Ok(()) => break,
                 Err(back) => letter = back,
             }
-            std::thread::sleep(Duration::from_millis(1));
+            std::thread::park_timeout(LOOK); // full: the worker takes all of them between two passes
         }
         // Release: pairs with the Acquire in `Slot::next`; a worker that sees the flag finds the letter. A swap like that in
         // `open`: of two swaps one comes first, and the model shows that neither order loses a letter.
