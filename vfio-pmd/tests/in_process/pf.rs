@@ -414,6 +414,27 @@ fn a_predecessor_that_was_killed_leaves_a_device_that_opens() {
 }
 
 #[test]
+fn a_restarted_process_gives_its_rings_the_same_addresses_whatever_lies_where() {
+    // Base and length of both rings, as the device has them.
+    let rings =
+        |nic: &Nic| [0x1000, 0x1004, 0x1008, 0x2000, 0x2004, 0x2008].map(|at| nic.read(0, at));
+    let nic = nic();
+    let first = End::new(&nic, 0, &Options::default());
+    let before = rings(&nic);
+    assert_ne!((before[0], before[1]), (0, 0));
+    // The first life's memory is still mapped here: the second's lies elsewhere.
+    std::mem::forget(first);
+    nic.unmap_all(0);
+    let mut second = End::new(&nic, 0, &Options::default());
+    assert_eq!(rings(&nic), before);
+    let mut b = End::new(&nic, 1, &Options::default());
+    b.send(&nic, &frame(A, B, 64, 0));
+    assert_eq!(second.receive(), vec![frame(A, B, 64, 0)]);
+    drop((second, b));
+    clean(&nic);
+}
+
+#[test]
 fn options_no_device_has_are_refused() {
     let nic = nic();
     let with = |change: fn(&mut Options)| {

@@ -226,6 +226,35 @@ fn frames_leave_by_the_wire_and_come_from_it() {
     clean(&nic);
 }
 
+#[test]
+fn two_devices_are_joined_by_their_wires() {
+    let nics = [nic(), nic()];
+    let (left, right) = Wire::pair().unwrap();
+    nics[0].attach_wire(left);
+    nics[1].attach_wire(right);
+    let far = [2, 0, 0, 0, 0, 0xF];
+    let mut a = End::new(&nics[0], 0, &Options::default());
+    let options = Options {
+        mac: Some(far),
+        ..Options::default()
+    };
+    let mut b = End::new(&nics[1], 1, &options);
+    for (len, number) in [(60, 0), (1514, 1)] {
+        a.send(&nics[0], &frame(far, A, len, number));
+        nics[1].settle();
+        assert_eq!(b.receive(), vec![frame(far, A, len, number)]);
+        b.send(&nics[1], &frame(A, far, len, number));
+        nics[0].settle();
+        assert_eq!(a.receive(), vec![frame(A, far, len, number)]);
+    }
+    nics[0].set_cable(false);
+    b.send(&nics[1], &frame(A, far, 60, 2));
+    nics[0].settle();
+    assert!(a.receive().is_empty());
+    drop((a, b));
+    nics.iter().for_each(|nic| clean(nic));
+}
+
 /// The sum of 16-bit words that all of IP's checksums rest on, folded; a right packet sums to 0xFFFF.
 fn fold(bytes: &[u8], start: u32) -> u16 {
     let mut sum = bytes.chunks(2).fold(start, |sum, pair| {
