@@ -1,10 +1,13 @@
 //! The model of the 82599's VF, judged by drivers that were written for the real device: Linux's ixgbevf and DPDK's net_ixgbe_vf.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use testkit::process::{Launch, run};
 use testkit::qemu::RunningGuest;
 use testkit::require;
+use testkit::skip::tool;
 use testkit::vf::{self, Kernel, Machine, Model};
 
 const COMMAND: Duration = Duration::from_secs(120);
@@ -282,12 +285,13 @@ fn our_driver_lives_on_a_newer_linux_with_vfio_and_an_iommu() -> Result<()> {
 
 /// DPDK's own driver on the first VF, behind an IOMMU, with frames up to 9018 bytes, VLANs and two queues; it answers ARP and ping.
 /// Its peer is the kernel's.
-fn dpdk_on(kernel: Kernel) -> Result<()> {
+fn dpdk_on(kernel: Kernel, testpmd: Testpmd) -> Result<()> {
     let mut model = two_vfs()?;
     let machine = Machine {
         iommu: true,
         modules: vec!["vfio", "net"],
         programs: vec![vf::line_buffer()?],
+        others: testpmd.files,
         script: "mkfifo /tmp/in\nsleep 100000 >/tmp/in &\nchmod 755 / /pmd\necho 128 >/proc/sys/vm/nr_hugepages"
             .to_owned(),
         ..Machine::new(kernel, &model, 2)
@@ -296,9 +300,9 @@ fn dpdk_on(kernel: Kernel) -> Result<()> {
     hand_to_vfio(&mut guest)?;
     kernel_peer(&mut guest)?;
     guest.command(
-        "LD_PRELOAD=/bin/libstdbuf.so _STDBUF_O=L dpdk-testpmd -l 0-1 -a $vf --in-memory -m 160 -d /pmd --no-telemetry -- \
+        &format!("{} -l 0-1 -a $vf --in-memory -m 160 --no-telemetry -- \
          --total-num-mbufs=8192 --forward-mode=icmpecho --max-pkt-len=9018 --enable-scatter --tx-offloads=0x8000 \
-         --enable-hw-vlan-filter --rxq=2 --txq=2 -i --auto-start </tmp/in >/tmp/out 2>&1 &",
+         --enable-hw-vlan-filter --rxq=2 --txq=2 -i --auto-start </tmp/in >/tmp/out 2>&1 &", testpmd.command),
         COMMAND,
     )?;
     said(&mut guest, "icmpecho packet forwarding - ports=1")?;
@@ -353,9 +357,68 @@ fn value(text: &str, name: &str) -> Option<u64> {
     words.nth(1)?.parse().ok()
 }
 
+/// A release of testpmd, and how it is started in the guest.
+struct Testpmd {
+    command: &'static str,
+    files: Vec<(PathBuf, String)>,
+}
+
 #[test]
 #[ignore = "real peer: run by tests/run"]
-fn dpdk_takes_the_model_for_a_real_vf() -> Result<()> {
+fn dpdk_of_debian_12_takes_the_model_for_a_real_vf() -> Result<()> {
     require!(vf::available());
-    dpdk_on(Kernel::Old)
+    require!(tool("dpdk-testpmd", "dpdk-dev").map(drop));
+    let testpmd = Testpmd {
+        command: "LD_LIBRARY_PATH=/debian12 LD_PRELOAD= _STDBUF_O=L /debian12/ld.so --library-path /debian12 \
+                  --preload /debian12/libstdbuf.so /debian12/dpdk-testpmd -d /debian12/pmd",
+        files: vf::testpmd_of_debian_12()?,
+    };
+    dpdk_on(Kernel::Old, testpmd)
+}
+
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn a_newer_dpdk_takes_the_model_for_a_real_vf() -> Result<()> {
+    require!(vf::available());
+    let testpmd = Testpmd {
+        command: "LD_PRELOAD=/bin/libstdbuf.so _STDBUF_O=L dpdk-testpmd -d /pmd",
+        files: Vec::new(),
+    };
+    dpdk_on(Kernel::New, testpmd)
+}
+
+/// The wire is a TAP interface in a network namespace of its own: this machine's kernel pings our driver, which sits behind the model
+/// in a third process.
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn frames_leave_the_device_by_a_tap_interface_and_come_back() -> Result<()> {
+    require!(vf::available());
+    require!(tool("unshare", "util-linux").map(drop));
+    require!(tool("busybox", "busybox-static").map(drop));
+    let wire = ["--wire", "tap:wire0", "--mtu", "9000"];
+    let mut model = Model::start_by(&["unshare", "-n"], &["mac=02:00:00:00:00:01"], &wire)?;
+    let inside = format!(
+        "nsenter --net=/proc/{}/ns/net busybox",
+        model.process().pid()
+    );
+    let socket = model.socket(0).display().to_string();
+    let command = [
+        vf::binary("vf-responder")?.display().to_string(),
+        socket,
+        "10.0.0.1".to_owned(),
+    ];
+    let mut responder = Launch::new("vf-responder", command).start()?;
+    responder.wait_for_text(0, COMMAND, "ready")?;
+    let shell = format!(
+        "{inside} ip link set wire0 mtu 1500 up && {inside} ip addr add 10.0.0.2/24 dev wire0 && \
+         {inside} ping -c 5 -W 10 -s 1400 10.0.0.1"
+    );
+    let text = run(["sh", "-c", &shell], COMMAND)?;
+    ensure!(text.contains("5 packets received"), "{text}");
+    let seen = model.seen(0)?;
+    ensure!(
+        seen.rx_frames >= 6 && seen.tx_frames >= 6,
+        "{seen:?}: pings and ARP"
+    );
+    model.assert_clean(1)
 }

@@ -47,6 +47,43 @@ pub fn line_buffer() -> Result<PathBuf> {
     Ok(rig()?.join("root/usr/libexec/coreutils/libstdbuf.so"))
 }
 
+/// This machine's testpmd with its libraries, for [`Machine::others`]: `/debian12/ld.so --library-path /debian12
+/// /debian12/dpdk-testpmd -d /debian12/pmd` runs it.
+pub fn testpmd_of_debian_12() -> Result<Vec<(PathBuf, String)>> {
+    const PROGRAM: &str = "/usr/bin/dpdk-testpmd";
+    let all = std::fs::read_dir("/usr/lib/x86_64-linux-gnu/dpdk")?.flatten();
+    let plugin = all
+        .map(|entry| entry.path().join("librte_mempool_ring.so"))
+        .find(|path| path.is_file())
+        .context("dpdk-dev has no plugins")?;
+    let buffer = PathBuf::from("/usr/libexec/coreutils/libstdbuf.so");
+    let text = run(
+        ["ldd".as_ref(), PROGRAM.as_ref(), plugin.as_os_str()],
+        START,
+    )?;
+    // "libm.so.6 => /lib/x86_64-linux-gnu/libm.so.6 (0x..)", "/lib64/ld-linux-x86-64.so.2 (0x..)"
+    let mut files: Vec<(PathBuf, String)> = text
+        .lines()
+        .filter_map(|line| line.split_once(" => ")?.1.split_whitespace().next())
+        .filter_map(|path| {
+            let name = Path::new(path).file_name()?.to_str()?;
+            Some((PathBuf::from(path), format!("debian12/{name}")))
+        })
+        .collect();
+    files.sort();
+    files.dedup();
+    files.extend([
+        (PROGRAM.into(), "debian12/dpdk-testpmd".to_owned()),
+        (
+            "/lib64/ld-linux-x86-64.so.2".into(),
+            "debian12/ld.so".to_owned(),
+        ),
+        (plugin, "debian12/pmd/librte_mempool_ring.so".to_owned()),
+        (buffer, "debian12/libstdbuf.so".to_owned()),
+    ]);
+    Ok(files)
+}
+
 /// Which kernel a guest runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kernel {
@@ -95,11 +132,17 @@ pub struct Seen {
 impl Model {
     /// Serves a VF per policy (`mac=..,trust`, may be empty) with these further arguments.
     pub fn start(policies: &[&str], arguments: &[&str]) -> Result<Model> {
+        Self::start_by(&[], policies, arguments)
+    }
+
+    /// The same, started by another program: `unshare -n` gives it a network namespace of its own.
+    pub fn start_by(starter: &[&str], policies: &[&str], arguments: &[&str]) -> Result<Model> {
         let dir = tempfile::Builder::new().prefix("vf-").tempdir()?;
-        let mut command = vec![
+        let mut command: Vec<String> = starter.iter().map(|&word| word.to_owned()).collect();
+        command.extend([
             binary("vf-model")?.display().to_string(),
             "serve".to_owned(),
-        ];
+        ]);
         for (vf, policy) in policies.iter().enumerate() {
             let comma = if policy.is_empty() { "" } else { "," };
             let path = dir.path().join(format!("vf{vf}"));
@@ -203,6 +246,8 @@ pub struct Machine {
     pub modules: Vec<&'static str>,
     /// Programs copied to /bin of the guest.
     pub programs: Vec<PathBuf>,
+    /// Other files, and where in the guest they go; see [`testpmd_of_debian_12`].
+    pub others: Vec<(PathBuf, String)>,
     /// Further arguments of QEMU.
     pub arguments: Vec<String>,
     /// Shell lines run before the guest takes commands.
@@ -218,6 +263,7 @@ impl Machine {
             iommu: false,
             modules: vec!["net"],
             programs: Vec::new(),
+            others: Vec::new(),
             arguments: Vec::new(),
             script: String::new(),
         }
@@ -324,6 +370,12 @@ impl Machine {
                 (0, 0),
                 &bytes,
             );
+        }
+        archive.add("debian12", 0o040_755, (0, 0), &[]);
+        archive.add("debian12/pmd", 0o040_755, (0, 0), &[]);
+        for (from, to) in &self.others {
+            let bytes = std::fs::read(from).with_context(|| from.display().to_string())?;
+            archive.add(to, 0o100_755, (0, 0), &bytes);
         }
         let script = format!(
             "#!/bin/busybox sh\n/bin/busybox --install -s /bin\nexport PATH=/usr/bin:/bin LD_LIBRARY_PATH=/usr/lib/x86_64-linux-gnu:/usr/lib/x86_64-linux-gnu/dpdk/pmds-26.0\n\
