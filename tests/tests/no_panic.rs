@@ -204,16 +204,23 @@ fn place(binary: &Path, at: u64) -> String {
     text.lines().map(short).collect::<Vec<_>>().join(" < ")
 }
 
+fn built(binary: &Path) -> Result<(), Missing> {
+    let missing = || {
+        Missing::new(
+            "there is no release build",
+            "cargo build --release --bin ringway",
+        )
+    };
+    binary.is_file().then_some(()).ok_or_else(missing)
+}
+
 #[test]
 fn no_worker_can_panic_nor_take_memory() -> Result<()> {
     let binary = target_dir().join("release/ringway");
     testkit::require!(
         tool("objdump", "binutils"),
         tool("readelf", "binutils"),
-        binary.is_file().then_some(()).ok_or_else(|| Missing::new(
-            "there is no release build",
-            "cargo build --release --bin ringway"
-        ))
+        built(&binary)
     );
     let calls = Calls::of_binary(&binary)?;
     let mut roots = Vec::new();
@@ -258,10 +265,7 @@ fn a_way_to_a_panic_is_found_where_there_is_one() -> Result<()> {
     testkit::require!(
         tool("objdump", "binutils"),
         tool("readelf", "binutils"),
-        binary.is_file().then_some(()).ok_or_else(|| Missing::new(
-            "there is no release build",
-            "cargo build --release --bin ringway"
-        ))
+        built(&binary)
     );
     let calls = Calls::of_binary(&binary)?;
     let reached = calls.reach(
