@@ -215,6 +215,7 @@ impl Session {
             ports: target.ports as usize,
             jumbo: frames.size.longest() > 1518,
             stations: frames.stations > 8000,
+            queues: frontends.queues,
         };
         let listening = listening(target, &frontends)?;
         let containers = listening.as_ref().map_or(&[][..], |it| &it.sockets);

@@ -149,6 +149,8 @@ pub(crate) struct Setup {
     pub(crate) jumbo: bool,
     /// A table for a million stations.
     pub(crate) stations: bool,
+    /// Queue pairs per port.
+    pub(crate) queues: u16,
 }
 
 impl Setup {
@@ -157,6 +159,7 @@ impl Setup {
             ports: row.ports,
             jumbo: row.jumbo(),
             stations: matches!(row.traffic, Traffic::Stations(_)),
+            queues: 1,
         }
     }
 
@@ -326,7 +329,8 @@ mod tests {
             Setup {
                 ports: 2,
                 jumbo: true,
-                stations: false
+                stations: false,
+                queues: 1
             }
         );
     }

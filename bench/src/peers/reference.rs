@@ -38,6 +38,9 @@ impl Peer for Reference {
         if place.switch_connects() {
             bail!("reference: it only listens; its containers cannot");
         }
+        if setup.queues > 1 {
+            bail!("reference: it has one queue pair per port");
+        }
         let directory = place.own("f", setup)?;
         let sockets = place.sockets(&directory, setup);
         let log = directory.join("log");

@@ -62,15 +62,7 @@ impl Peer for Ringway {
         let api = directory.join("api");
         let log = directory.join("log");
         let file = directory.join("ringway.toml");
-        std::fs::write(
-            &file,
-            configuration(
-                &sockets,
-                setup.stations,
-                place.switch_connects(),
-                place.cpus.switch,
-            ),
-        )?;
+        std::fs::write(&file, configuration(&sockets, setup, place))?;
         let mut ringway = command(&binary);
         ringway
             .arg("run")
@@ -104,10 +96,10 @@ impl Peer for Ringway {
     }
 }
 
-/// What an operator would write; only the table for many stations is not the default.
-fn configuration(sockets: &[PathBuf], stations: bool, connects: bool, cpu: usize) -> String {
-    let mut text = format!("workers = [{cpu}]\n");
-    if stations {
+/// What an operator would write; only the table for many stations, and what a row asks for, are not the default.
+fn configuration(sockets: &[PathBuf], setup: Setup, place: &Place) -> String {
+    let mut text = format!("workers = [{}]\n", place.cpus.switch);
+    if setup.stations {
         text += "[fdb]\ncapacity = 1000000\n";
     }
     for (port, socket) in sockets.iter().enumerate() {
@@ -115,8 +107,11 @@ fn configuration(sockets: &[PathBuf], stations: bool, connects: bool, cpu: usize
             "[[port]]\nname = \"p{port}\"\ntype = \"vhost-user\"\nsocket = \"{}\"\n",
             socket.display()
         );
-        if connects {
+        if place.switch_connects() {
             text += "mode = \"client\"\n";
+        }
+        if setup.queues > 1 {
+            text += &format!("queues = {}\n", setup.queues);
         }
     }
     text
@@ -221,16 +216,38 @@ mod tests {
     #[test]
     fn the_configuration_names_every_port_and_a_large_table_only_where_needed() {
         let sockets = [PathBuf::from("/t/0"), PathBuf::from("/t/1")];
-        let plain = configuration(&sockets, false, false, 3);
+        let mut place = Place {
+            directory: PathBuf::new(),
+            cpus: crate::client::Cpus {
+                switch: 3,
+                client: 1,
+                control: 0,
+            },
+            containers: Vec::new(),
+        };
+        let mut setup = Setup {
+            ports: 2,
+            jumbo: false,
+            stations: false,
+            queues: 1,
+        };
+        let plain = configuration(&sockets, setup, &place);
         assert_eq!(plain.matches("[[port]]").count(), 2);
         assert!(
             plain.starts_with("workers = [3]\n") && plain.contains("socket = \"/t/1\""),
             "{plain}"
         );
         assert!(
-            !plain.contains("[fdb]") && configuration(&sockets, true, false, 3).contains("[fdb]")
+            !["[fdb]", "mode", "queues"]
+                .iter()
+                .any(|key| plain.contains(key))
         );
-        let client = configuration(&sockets, false, true, 3);
-        assert_eq!(client.matches("mode = \"client\"").count(), 2);
+        (setup.stations, setup.queues) = (true, 4);
+        place.containers = sockets.to_vec();
+        let more = configuration(&sockets, setup, &place);
+        assert!(more.contains("[fdb]"), "{more}");
+        for key in ["mode = \"client\"", "queues = 4"] {
+            assert_eq!(more.matches(key).count(), 2, "{more}");
+        }
     }
 }

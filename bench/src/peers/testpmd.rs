@@ -37,10 +37,10 @@ impl Peer for Testpmd {
         .split_whitespace()
         .map(str::to_owned)
         .collect();
-        let client = u32::from(place.switch_connects());
+        let (client, queues) = (u32::from(place.switch_connects()), setup.queues);
         for (port, socket) in sockets.iter().enumerate() {
             arguments.push(format!(
-                "--vdev=net_vhost{port},iface={},queues=1,client={client}",
+                "--vdev=net_vhost{port},iface={},queues={queues},client={client}",
                 socket.display()
             ));
         }
@@ -53,6 +53,7 @@ impl Peer for Testpmd {
             "--forward-mode=io",
         ];
         arguments.extend(common.map(str::to_owned));
+        arguments.extend([format!("--rxq={queues}"), format!("--txq={queues}")]);
         if setup.jumbo {
             // By default it would take 160,000 buffers: 1.6 GB of hugepages, and never a warm one.
             arguments.extend(["--mbuf-size=9728", "--total-num-mbufs=16384"].map(str::to_owned));

@@ -127,6 +127,7 @@ fn through_the_kernel(
         ports: length + 2,
         jumbo: frame > 1518,
         stations: false,
+        queues: 1,
     };
     let links = Running::start(way, setup, &place)?;
     let chain = row::Chain::open(&links.containers, cpus.pair(), frame.into(), hz)?;

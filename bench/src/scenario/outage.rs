@@ -118,6 +118,7 @@ fn reset(options: &OutageArgs, target: &Target, session: &mut Session) -> Result
         ports: session.ports,
         jumbo: options.frames.lengths().longest() > 1518,
         stations: options.frames.stations > 8000,
+        queues: options.frontends.queues,
     };
     let listening = session.listening.as_ref();
     let containers = listening.map_or(&[][..], |it| &it.sockets);
