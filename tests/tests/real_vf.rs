@@ -246,6 +246,14 @@ fn our_driver_lives_on(kernel: Kernel) -> Result<()> {
     let seen = model.seen(0)?;
     let same = format!("received {} sent {}", seen.rx_frames, seen.tx_frames);
     ensure!(text.contains(&same), "device: {same}; driver: {text}");
+    // Both interrupts arrive: the PF's word, and a frame while the driver sleeps.
+    model.command("cable off")?;
+    model.command("cable on")?;
+    tell(&mut guest, "show", "signals [1-9]")?;
+    tell(&mut guest, "arm", "armed")?;
+    guest.command("ping -c 1 -W 20 10.0.0.1; true", COMMAND)?;
+    let text = said(&mut guest, "woken")?;
+    ensure!(!text.contains("not woken"), "{text}");
     tell(&mut guest, "reset", "restarted")?;
     ping(&mut guest, "10.0.0.1", 56, 5)?;
     // A crash leaves rings and mappings; the next one starts from a reset.

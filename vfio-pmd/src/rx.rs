@@ -307,6 +307,11 @@ impl RxQueue {
         self.wake.as_ref().map(|fd| fd.as_raw_fd())
     }
 
+    /// The same eventfd, kept open for whoever waits on it.
+    pub fn wake_signal(&self) -> Option<Arc<OwnedFd>> {
+        self.wake.clone()
+    }
+
     /// Number of this queue in its device.
     pub fn index(&self) -> u32 {
         self.queue

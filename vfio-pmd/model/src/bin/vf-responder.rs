@@ -3,7 +3,7 @@
 use std::io::BufRead;
 use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
@@ -11,19 +11,25 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vfio_pmd::mmio::Bar;
 use vfio_pmd::transport::{DmaRange, Transport};
 use vfio_pmd::{Health, Options, QueuePair, Vf};
 
 /// How often the link and the PF are looked at.
 const LOOK: Duration = Duration::from_millis(50);
+/// How long to wait for an interrupt.
+const PATIENCE: Timespec = Timespec {
+    tv_sec: 20,
+    tv_nsec: 0,
+};
 /// Rest of a loop that found nothing.
 const IDLE: Duration = Duration::from_micros(200);
 
 /// Answers ARP and ping on a VF until standard input ends.
 ///
-/// Commands on standard input: show (frames received and sent), reset (start the VF over), unmap (take all memory from the device
-/// while its queues run), quit.
+/// Commands on standard input: show (frames received and sent, interrupts of the mailbox), arm (sleep until a frame's interrupt),
+/// reset (start the VF over), unmap (take all memory from the device while its queues run), quit.
 #[derive(Parser)]
 struct Arguments {
     /// A PCI address bound to vfio-pci, or the path of a vfio-user socket
@@ -121,7 +127,9 @@ fn main() -> Result<()> {
             Command::Show => {
                 let seen = vf.statistics();
                 println!("received {} sent {}", seen.rx_frames, seen.tx_frames);
+                println!("signals {}", vf.mailbox_signal().map_or(0, |fd| count(&fd)));
             }
+            Command::Arm => arm(&mut queues)?,
             Command::Unmap => take_memory(&transport)?,
             Command::Reset => queues = start_over(&mut vf, queues)?,
         }
@@ -160,9 +168,29 @@ fn take_memory(transport: &Recording) -> Result<()> {
     Ok(())
 }
 
+/// What an eventfd counted; it starts over.
+fn count(signal: &OwnedFd) -> u64 {
+    let mut bytes = [0; 8];
+    rustix::io::read(signal, &mut bytes).map_or(0, |_| u64::from_ne_bytes(bytes))
+}
+
+/// Sleeps until a frame arrives on the first queue and its interrupt says so.
+fn arm(queues: &mut [QueuePair]) -> Result<()> {
+    let pair = queues.first_mut().context("no queue")?;
+    let there = pair.rx.arm();
+    println!("armed");
+    let signal = pair.rx.wake_signal().context("no interrupts")?;
+    let mut fds = [PollFd::new(&signal, PollFlags::IN)];
+    let woken = poll(&mut fds, Some(&PATIENCE))? == 1;
+    println!("{}", if woken || there { "woken" } else { "not woken" });
+    count(&signal);
+    Ok(())
+}
+
 enum Command {
     None,
     Show,
+    Arm,
     Reset,
     Unmap,
     Quit,
@@ -172,6 +200,7 @@ fn next(commands: &Receiver<String>) -> Command {
     use std::sync::mpsc::TryRecvError::{Disconnected, Empty};
     match commands.try_recv().as_deref() {
         Ok("show") => Command::Show,
+        Ok("arm") => Command::Arm,
         Ok("reset") => Command::Reset,
         Ok("unmap") => Command::Unmap,
         Ok("quit") | Err(Disconnected) => Command::Quit,
