@@ -174,7 +174,7 @@ fn table(grid: &Grid) -> String {
 }
 
 /// Columns of words, whatever a cell in them begins with.
-const WORDS: [&str; 8] = [
+const WORDS: [&str; 9] = [
     "frames",
     "switch",
     "test",
@@ -183,6 +183,7 @@ const WORDS: [&str; 8] = [
     "verdict",
     "pace",
     "direction",
+    "unit",
 ];
 
 fn is_number(head: &[String], column: usize, cell: &str) -> bool {
