@@ -3,9 +3,10 @@
 //! The order of every step is that of the vendor's drivers (82599 §4.6): what a reset leaves alone is written, RESET comes before
 //! any other message, the longest frame is always told, and a receive tail is written only once its queue runs.
 
+mod bring_up;
+mod granted;
+
 use std::collections::BTreeSet;
-use std::ffi::CStr;
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
@@ -13,12 +14,9 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::dma::Ring;
 use crate::error::{Error, Result};
 use crate::iova::IovaSpace;
-use crate::mailbox::{
-    Api, Cast, MULTICAST_MAX, Mac, Mailbox, MailboxError, QueueGrant, multicast_hash,
-};
+use crate::mailbox::{Api, Cast, Mac, Mailbox, MailboxError, QueueGrant};
 use crate::mmio::{Bar, GONE};
 use crate::regs;
 use crate::rx::RxQueue;
@@ -236,40 +234,6 @@ impl Vf {
         Ok(pairs)
     }
 
-    fn start_pair(&self, queue: u32) -> Result<QueuePair> {
-        let ring = |size, name: &CStr| {
-            Ring::new(&self.transport, &self.space, size, name).map_err(|source| Error::Io {
-                device: self.transport.name(),
-                what: "memory for the rings (memlock limit, hugepages?)",
-                source,
-            })
-        };
-        let stuck = |what| Error::Stuck {
-            device: self.transport.name(),
-            what,
-        };
-        let vector = self.queue_vector(queue);
-        let mut rx = RxQueue::new(
-            ring(self.options.rx_ring, c"vfio-pmd-rx")?,
-            self.bar.clone(),
-            queue,
-            (vector, self.signals.get(vector as usize).cloned()),
-            self.transport.clone(),
-            self.lease.clone(),
-        );
-        let mut tx = TxQueue::new(
-            ring(self.options.tx_ring, c"vfio-pmd-tx")?,
-            self.bar.clone(),
-            queue,
-            self.max_frame + TAG,
-            self.transport.clone(),
-            self.lease.clone(),
-        );
-        tx.start().map_err(stuck)?;
-        rx.start(self.options.strip_vlan).map_err(stuck)?;
-        Ok(QueuePair { rx, tx })
-    }
-
     /// A look at link and mailbox; a few register reads. Call it some ten times a second, or when [`Vf::mailbox_signal`] fires.
     pub fn health(&mut self) -> Health {
         if let Some(error) = self.lost {
@@ -305,89 +269,6 @@ impl Vf {
     fn lose(&mut self, error: MailboxError) -> Health {
         self.lost = Some(error);
         Health::Lost(error)
-    }
-
-    /// Registers further unicast addresses in place of those before; says for each whether the PF took it.
-    pub fn set_addresses(&mut self, wanted: &[Mac]) -> Result<Vec<bool>> {
-        self.note(Mailbox::clear_addresses)
-            .map_err(|error| self.pf("clearing addresses", error))?;
-        self.addresses.clear();
-        wanted.iter().map(|mac| self.add_address(*mac)).collect()
-    }
-
-    /// Registers one more unicast address; false if the PF refuses. PFs share one pool of about a hundred among all VFs of a port,
-    /// and refuse an untrusted VF whose own address they set.
-    pub fn add_address(&mut self, mac: Mac) -> Result<bool> {
-        if self.addresses.contains(&mac) {
-            return Ok(true);
-        }
-        // The first of a list has number 1, which makes the PF forget the list before.
-        let index = self.addresses.len() + 1;
-        if index > ADDRESSES_MAX {
-            return Ok(false);
-        }
-        match self.note(|mailbox| mailbox.add_address(index as u32, mac)) {
-            Ok(()) => {
-                self.addresses.push(mac);
-                Ok(true)
-            }
-            Err(MailboxError::Refused) => Ok(false),
-            Err(error) => Err(self.pf("registering an address", error)),
-        }
-    }
-
-    /// The further addresses that are registered.
-    pub fn addresses(&self) -> &[Mac] {
-        &self.addresses
-    }
-
-    /// Replaces the multicast addresses; asks for all multicast if they are more than a PF keeps.
-    pub fn set_multicast(&mut self, wanted: &[Mac]) -> Result<()> {
-        self.multicast = wanted.to_vec();
-        let mut hashes: Vec<u16> = wanted
-            .iter()
-            .map(|mac| multicast_hash(*mac, self.filter_type))
-            .collect();
-        hashes.sort_unstable();
-        hashes.dedup();
-        if hashes.len() > MULTICAST_MAX {
-            hashes.truncate(MULTICAST_MAX);
-            self.set_cast(self.cast.max(Cast::AllMulti))?;
-        }
-        self.note(|mailbox| mailbox.set_multicast(&hashes))
-            .map_err(|error| self.pf("registering multicast addresses", error))
-    }
-
-    /// Asks for more frames than those for registered addresses; says what was granted, which may be less. Without an answer to be
-    /// had (old PFs, a refusal) it is what every VF has.
-    pub fn set_cast(&mut self, wanted: Cast) -> Result<Cast> {
-        self.cast = wanted;
-        match self.note(|mailbox| mailbox.cast(wanted)) {
-            Ok(granted) => Ok(granted),
-            Err(MailboxError::Refused) if wanted == Cast::Promiscuous => {
-                self.cast = Cast::AllMulti;
-                self.set_cast(Cast::AllMulti)
-            }
-            Err(MailboxError::Refused) => Ok(Cast::Multi),
-            Err(error) => Err(self.pf("asking for a multicast mode", error)),
-        }
-    }
-
-    /// Lets frames of a VLAN through, or no longer; false if the PF refuses (it gave this VF a VLAN of its own).
-    pub fn set_vlan(&mut self, vid: u16, on: bool) -> Result<bool> {
-        match self.note(|mailbox| mailbox.set_vlan(vid, on)) {
-            Ok(()) if on => self.vlans.insert(vid),
-            Ok(()) => self.vlans.remove(&vid),
-            Err(MailboxError::Refused) => return Ok(false),
-            Err(error) => return Err(self.pf("registering a VLAN", error)),
-        };
-        Ok(true)
-    }
-
-    /// Whether the PF's administrator lets the link be up, where the PF says it.
-    pub fn link_enabled(&mut self) -> Result<Option<bool>> {
-        self.note(Mailbox::link_enabled)
-            .map_err(|error| self.pf("asking for the link state", error))
     }
 
     /// The device's counters since it was opened.
@@ -464,129 +345,6 @@ impl Vf {
         }
         result
     }
-
-    fn quiesce(&self) {
-        for q in 0..regs::QUEUES_MAX {
-            self.bar.modify(regs::vfrxdctl(q), regs::DCTL_ENABLE, 0);
-        }
-        self.bar.write(regs::VTEIMC, regs::VECTORS_ALL);
-        let _ = self.bar.read(regs::VTEICR);
-        for q in 0..regs::QUEUES_MAX {
-            self.bar.write(regs::vftxdctl(q), regs::TXDCTL_SWFLSH);
-        }
-    }
-
-    fn wait_for_pf(&mut self) -> Result<()> {
-        for _ in 0..200 {
-            if !self.mailbox.pf_in_reset() {
-                return Ok(());
-            }
-            self.transport.pause(Duration::from_micros(500));
-        }
-        Err(Error::Stuck {
-            device: self.transport.name(),
-            what: "its PF is in reset",
-        })
-    }
-
-    /// Registers that neither a VF reset nor a function-level reset clears, for all queues a VF can have.
-    fn write_defaults(&self) {
-        let bar = &self.bar;
-        bar.write(regs::VFPSRTYPE, 0);
-        for q in 0..regs::QUEUES_MAX {
-            bar.write(regs::vfrdh(q), 0);
-            bar.write(regs::vfrdt(q), 0);
-            bar.write(regs::vfrxdctl(q), 0);
-            bar.write(regs::vfsrrctl(q), regs::SRRCTL_DEFAULT);
-            bar.write(regs::vfdca_rxctrl(q), regs::DCA_RXCTRL_DEFAULT);
-            bar.write(regs::vftdh(q), 0);
-            bar.write(regs::vftdt(q), 0);
-            bar.write(regs::vftxdctl(q), 0);
-            bar.write(regs::vftdwbal(q), 0);
-            bar.write(regs::vftdwbah(q), 0);
-            bar.write(regs::vfdca_txctrl(q), regs::DCA_TXCTRL_DEFAULT);
-        }
-    }
-
-    fn settle_mac(&mut self, given: Option<Mac>) -> Result<()> {
-        self.mac_from_pf = given.is_some();
-        let wanted = match (self.options.mac, given) {
-            (Some(mac), _) | (None, Some(mac)) => mac,
-            // Nobody chose: once random, then always the same.
-            (None, None) if self.mac != [0; 6] => self.mac,
-            (None, None) => random_mac(),
-        };
-        match self.mailbox.set_mac(wanted) {
-            Ok(()) => {}
-            Err(MailboxError::Refused) if given == Some(wanted) => {}
-            Err(error) => return Err(self.pf("setting the VF's address", error)),
-        }
-        self.mac = wanted;
-        Ok(())
-    }
-
-    /// Tells the longest frame, always: a PF with a larger MTU lets a VF receive nothing before that.
-    fn settle_max_frame(&mut self) -> Result<()> {
-        let wanted = self.options.max_frame;
-        for bytes in [wanted, FRAME_STANDARD] {
-            match self.mailbox.set_max_frame(bytes + FCS) {
-                Ok(()) => {
-                    self.max_frame = bytes;
-                    return Ok(());
-                }
-                Err(MailboxError::Refused) => {}
-                Err(error) => return Err(self.pf("setting the longest frame", error)),
-            }
-        }
-        Err(self.pf("setting the longest frame", MailboxError::Refused))
-    }
-
-    fn register_again(&mut self) -> Result<()> {
-        let addresses = std::mem::take(&mut self.addresses);
-        self.set_addresses(&addresses)?;
-        if self.api() >= Api::V1_2 {
-            self.set_cast(self.cast)?;
-        }
-        if !self.multicast.is_empty() {
-            self.set_multicast(&self.multicast.clone())?;
-        }
-        for vid in self.vlans.clone() {
-            if !self.set_vlan(vid, true)? {
-                self.vlans.remove(&vid);
-            }
-        }
-        Ok(())
-    }
-
-    fn queue_vector(&self, queue: u32) -> u32 {
-        queue % MAILBOX_VECTOR
-    }
-
-    /// Receive queues to vectors 0 and 1, the mailbox to 2. What is sent interrupts nobody.
-    fn route_interrupts(&self, queues: u32) {
-        for pair in 0..queues.div_ceil(2) {
-            let entry = |queue: u32, shift: u32| {
-                if queue < queues {
-                    (self.queue_vector(queue) | regs::IVAR_VALID) << shift
-                } else {
-                    0
-                }
-            };
-            self.bar.write(
-                regs::vtivar(2 * pair),
-                entry(2 * pair, 0) | entry(2 * pair + 1, 16),
-            );
-        }
-        self.bar
-            .write(regs::VTIVAR_MISC, MAILBOX_VECTOR | regs::IVAR_VALID);
-        for vector in 0..=MAILBOX_VECTOR {
-            self.bar.write(regs::vteitr(vector), 0);
-        }
-        // A cause clears and masks itself when its message leaves: whoever waits asks again.
-        self.bar.write(regs::VTEIAC, regs::VECTORS_ALL);
-        self.bar.write(regs::VTEIAM, regs::VECTORS_ALL);
-        self.bar.write(regs::VTEIMS, 1 << MAILBOX_VECTOR);
-    }
 }
 
 impl Drop for Vf {
@@ -646,12 +404,4 @@ fn identify(transport: &dyn Transport) -> Result<()> {
         vendor,
         id,
     })
-}
-
-/// A locally administered unicast address. What keys hash maps is the kernel's randomness, by a system call: a confined process may
-/// have no file for it.
-fn random_mac() -> Mac {
-    let [mut mac @ .., _, _] = RandomState::new().build_hasher().finish().to_le_bytes();
-    mac[0] = mac[0] & !1 | 2;
-    mac
 }
