@@ -140,7 +140,7 @@ impl Rig {
     }
 
     /// For a failure: what each port dropped, and what the workers are at.
-    fn state(&self) -> String {
+    pub(super) fn state(&self) -> String {
         let Ok(before) = api::stats(&self.api) else {
             return "the API does not answer".to_owned();
         };
