@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Common, Peer, Place, Runs, Setup, Switch, Work};
+use super::{Common, Peer, Place, Runs, Setup, Switch};
 use crate::client::{Cpus, Generator};
 use crate::console::{Forwarded, PortStats};
 use crate::kernel::circle::Look;
@@ -95,14 +95,6 @@ impl Switch for Running {
 
     fn polls(&self) -> bool {
         false
-    }
-
-    fn prepare(&mut self, _: &Row) -> Result<()> {
-        Ok(())
-    }
-
-    fn work(&mut self) -> Result<Option<Work>> {
-        Ok(None)
     }
 
     fn client(&self, row: Row, cpus: Cpus, _: &std::path::Path) -> Result<Box<dyn Generator>> {

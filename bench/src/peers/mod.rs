@@ -88,10 +88,14 @@ pub(crate) trait Switch {
     }
 
     /// Called before a client connects.
-    fn prepare(&mut self, row: &Row) -> Result<()>;
+    fn prepare(&mut self, _row: &Row) -> Result<()> {
+        Ok(())
+    }
 
     /// What it did since its start, if it tells.
-    fn work(&mut self) -> Result<Option<Work>>;
+    fn work(&mut self) -> Result<Option<Work>> {
+        Ok(None)
+    }
 }
 
 /// What every switch that runs has. Dropping it ends the process.

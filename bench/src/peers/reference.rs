@@ -5,7 +5,7 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Common, Peer, Place, Runs, Setup, Switch, Work};
+use super::{Common, Peer, Place, Runs, Setup, Switch};
 use crate::process::{Proc, command};
 use crate::rows::{Row, Traffic, Variant};
 
@@ -82,13 +82,5 @@ impl Switch for Running {
 
     fn polls(&self) -> bool {
         false
-    }
-
-    fn prepare(&mut self, _: &Row) -> Result<()> {
-        Ok(())
-    }
-
-    fn work(&mut self) -> Result<Option<Work>> {
-        Ok(None)
     }
 }
