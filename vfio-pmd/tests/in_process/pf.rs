@@ -322,6 +322,46 @@ fn a_pf_that_never_answers_is_a_sentence_and_leaves_nothing_mapped() {
 }
 
 #[test]
+fn a_pf_that_refuses_what_it_never_should_is_a_sentence_and_the_next_open_works() {
+    for refusals in 1..12 {
+        let nic = nic();
+        nic.inject(0, Inject::Refuse(refusals));
+        match open(&nic, 0, &Options::default()) {
+            Ok(vf) => assert!(vf.max_frame() >= 1514, "{refusals} refusals"),
+            Err(error) => {
+                let error = error.to_string();
+                assert!(error.contains("the PF refused"), "{error}");
+            }
+        }
+        nic.inject(0, Inject::Refuse(0));
+        let mut vf = open(&nic, 0, &Options::default()).unwrap();
+        assert_eq!((vf.health(), vf.mac()), (Health::Up(10_000), A));
+        drop(vf);
+        clean(&nic);
+    }
+}
+
+#[test]
+fn a_port_vlan_is_not_seen_and_vlans_of_ones_own_are_refused() {
+    let inside = |mac| VfPolicy {
+        port_vlan: Some(100),
+        ..policy(mac)
+    };
+    let nic = Nic::new(Config::for_tests(vec![inside(A), inside(B)]));
+    let mut a = End::new(&nic, 0, &Options::default());
+    let mut b = End::new(&nic, 1, &Options::default());
+    assert!(!a.vf.set_vlan(7, true).unwrap());
+    a.send(&nic, &frame(B, A, 64, 0));
+    assert_eq!(b.receive(), vec![frame(B, A, 64, 0)]);
+    // Refused things are not asked for again.
+    drop((a.rx, a.tx));
+    a.vf.reset().unwrap();
+    assert!(nic.vf_state(0).vlans.is_empty());
+    drop((a.vf, b));
+    clean(&nic);
+}
+
+#[test]
 fn one_lost_answer_or_a_busy_mailbox_is_survived() {
     let nic = nic();
     nic.inject(0, Inject::BusyMailbox(50));
