@@ -138,6 +138,65 @@ fn every_scenario_ends_with_figures() -> Result<()> {
 
 #[test]
 #[ignore = "real peer: run by tests/run"]
+fn every_test_of_the_rfcs_ends_with_its_own_figures() -> Result<()> {
+    require!(cpus(2));
+    let kinds = |run: &Value| -> Result<Vec<String>> {
+        let kinds = measurements(run)?.iter().map(|one| &one["kind"]);
+        Ok(kinds
+            .filter_map(|kind| Some(kind.as_str()?.to_owned()))
+            .collect())
+    };
+
+    let run = saved(
+        "rfc2544 --tests loss,back-to-back,recovery --throughput 20k --seconds 0.2 --switch ringway",
+    )?;
+    ensure!(
+        kinds(&run)? == ["loss-curve", "back-to-back", "recovery"],
+        "{run}"
+    );
+    let found = measurements(&run)?;
+    let offered: Vec<f64> = found[0]["steps"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|step| step["offered_mpps"].as_f64())
+        .collect();
+    // §26.3: from above the throughput down to a tenth of it.
+    ensure!(
+        offered.len() == 12 && offered.is_sorted_by(|a, b| a > b),
+        "{offered:?}"
+    );
+    ensure!((offered[0] - 0.024).abs() < 1e-9, "{offered:?}");
+    let bursts = found[1]["frames"].as_array().map(Vec::len);
+    ensure!(bursts.is_some_and(|bursts| bursts > 1), "{run}");
+
+    let run = saved(
+        "rfc2889 --tests head-of-line,learning,broadcast --rates 10000,20000 --seconds 0.3 --switch ringway",
+    )?;
+    ensure!(
+        kinds(&run)? == ["head-of-line", "addresses", "load"],
+        "{run}"
+    );
+    let found = measurements(&run)?;
+    // The full port takes nothing, the free one what it was offered, but for what a busy machine held back.
+    let received = |stream: &str| found[0][stream]["received"].as_u64();
+    ensure!(received("congested") == Some(0), "{run}");
+    ensure!(received("free").is_some_and(|frames| frames > 0), "{run}");
+    let rates = found[1]["steps"].as_array().map(Vec::len);
+    ensure!(rates == Some(2), "{run}");
+    // Each broadcast frame comes to three of four ports.
+    let (sent, lost) = (&found[2]["count"]["sent"], &found[2]["count"]["lost"]);
+    let received = found[2]["count"]["received"].as_u64();
+    let (sent, lost) = (sent.as_u64().unwrap_or(0), lost.as_u64().unwrap_or(0));
+    ensure!(
+        sent > 0 && received.map(|received| received + lost) == Some(3 * sent),
+        "{run}"
+    );
+    Ok(())
+}
+
+#[test]
+#[ignore = "real peer: run by tests/run"]
 fn what_cannot_be_measured_is_a_sentence_in_time() -> Result<()> {
     for (arguments, said) in [
         (
