@@ -272,7 +272,7 @@ fn watch(
     // The last tenth, at most a second, shows how long a frame takes that need not queue.
     let quiet = (args.seconds / 10.0).min(1.0);
     let load_end = Duration::from_secs_f64(args.seconds - quiet);
-    let end = Duration::from_secs_f64(args.seconds);
+    let mut end = Duration::from_secs_f64(args.seconds);
     let mut before = switch.stats();
     loop {
         let elapsed = began.elapsed();
@@ -283,6 +283,7 @@ fn watch(
             baton.set(Stage::Over);
         } else if elapsed >= load_end && baton.stage() == Stage::Load {
             baton.set(Stage::Quiet);
+            end = elapsed + Duration::from_secs_f64(quiet); // all of it, even if a busy machine came late to it
         }
         match samples.recv_timeout(Duration::from_millis(20)) {
             Ok(sample) => {

@@ -53,9 +53,10 @@ impl Second {
         }
     }
 
-    /// All of them as one; none: nothing.
+    /// All of them as one; nothing if no frame came in any.
     pub(super) fn whole(seconds: &[Second]) -> Option<Rate> {
         let last = seconds.last()?;
+        seconds.iter().find(|second| second.frames > 0)?;
         let total = |what: fn(&Second) -> u64| seconds.iter().map(what).sum();
         let whole = Second {
             seconds: seconds.iter().map(|second| second.seconds).sum(),
