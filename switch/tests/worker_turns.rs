@@ -11,7 +11,7 @@ use ringway::dataplane::fdb::{Fdb, FdbSettings, Key};
 use ringway::dataplane::mailbox::{Mailbox, QueueId, mailbox};
 use ringway::dataplane::port_set::{Domain, Exit, PortId, Topology};
 use ringway::dataplane::queue::TxQueue;
-use ringway::dataplane::worker::{FLOOD_BUDGET, Idle, RxSlot, Shared, Source, Worker};
+use ringway::dataplane::worker::{BYTE_BUDGET, FLOOD_BUDGET, Idle, RxSlot, Shared, Source, Worker};
 use ringway::port::doze::Bed;
 use ringway::port::mem::{FromVec, ToVec, Wire};
 use ringway::port::shared;
@@ -311,6 +311,28 @@ fn a_flood_to_a_thousand_ports_takes_several_turns_and_loses_nothing() {
         bursts as usize >= frames * 1023 / FLOOD_BUDGET,
         "{bursts} bursts: no turn may copy more than its budget"
     );
+}
+
+#[test]
+fn long_frames_take_several_turns_flooded_or_not_and_none_is_lost() {
+    let rig = Rig::new(&[0; 9], 1000);
+    let (frames, len) = (64, 60_000);
+    rig.send(1, [frame(BROADCAST, mac(2), b"here")]);
+    rig.settle();
+    for (to, copies) in [(mac(2), 1), (BROADCAST, 8)] {
+        let before = rig.counters.bursts.load(Relaxed);
+        rig.send(
+            0,
+            (0..frames).map(|i| frame(to, mac(1), &vec![i as u8; len])),
+        );
+        assert_eq!(rig.received(1).len(), frames);
+        let bursts = rig.counters.bursts.load(Relaxed) - before;
+        let least = (frames * len * copies) as u64 / BYTE_BUDGET;
+        assert!(
+            bursts >= least.min(frames as u64 / 2),
+            "{bursts} bursts for {copies} copies each: no turn may copy more than its budget"
+        );
+    }
 }
 
 #[test]

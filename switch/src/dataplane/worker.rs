@@ -27,6 +27,9 @@ const PATIENCE: u32 = 256;
 const WHEEL: usize = 64;
 /// Copies that flooding may make in one turn: bounds a turn to about 0.2 ms; frames beyond stay in their sender's ring.
 pub const FLOOD_BUDGET: usize = 4096;
+/// Bytes that may be copied in one turn, floods multiplied; at least one frame goes. Bounds a turn of the longest frames to some 0.2 ms;
+/// a full burst of 16 KiB frames still fits, so that only floods and the chains of 64 KiB are ever cut.
+pub const BYTE_BUDGET: u64 = 1 << 20;
 
 /// One receive queue with what a worker must know of its port. Moved between control and workers in a `Box`.
 pub struct RxSlot {
@@ -298,6 +301,7 @@ impl Worker {
         };
         let targets = self.topology.flood(rx.domain);
         let done = within_budget(floods, targets.len(), burst.count());
+        let (done, bytes) = within_bytes(&burst, floods, targets.len(), done);
         let taken = u64::MAX >> (BURST_MAX - done);
         let floods = match &rx.guard {
             Some(guard) if floods & taken != 0 => {
@@ -314,7 +318,6 @@ impl Worker {
                 way.send(&burst, rx, taken & !floods, &self.verdicts);
             }
         }
-        let bytes = (0..done).map(|i| u64::from(burst.frame_len(i))).sum();
 
         // 4. Give back.
         queue.give_back(done);
@@ -370,6 +373,38 @@ fn within_budget(floods: u64, targets: usize, count: usize) -> usize {
         }
     }
     count
+}
+
+/// How many of `count` frames this turn takes, so that it copies at most [`BYTE_BUDGET`] bytes, and their bytes; at least one.
+#[inline]
+fn within_bytes(burst: &Burst<'_>, floods: u64, targets: usize, count: usize) -> (usize, u64) {
+    let bytes = (0..count).map(|i| u64::from(burst.frame_len(i))).sum();
+    // Floods of ordinary frames to few ports need no closer look either.
+    let most = if floods == 0 { 1 } else { targets.max(1) };
+    if bytes * most as u64 <= BYTE_BUDGET {
+        return (count, bytes);
+    }
+    cut_bytes(burst, floods, targets, count)
+}
+
+#[cold]
+#[inline(never)]
+fn cut_bytes(burst: &Burst<'_>, floods: u64, targets: usize, count: usize) -> (usize, u64) {
+    let (mut copied, mut bytes) = (0, 0);
+    for index in 0..count {
+        let len = u64::from(burst.frame_len(index));
+        let copies = if floods >> index & 1 == 1 {
+            targets as u64
+        } else {
+            1
+        };
+        copied += len * copies;
+        if copied > BYTE_BUDGET && index > 0 {
+            return (index, bytes);
+        }
+        bytes += len;
+    }
+    (count, bytes)
 }
 
 /// What a turn reads while the burst is lent.
