@@ -5,6 +5,7 @@ mod client;
 mod demo;
 mod doctor;
 mod fdb;
+mod lines;
 mod nic;
 mod port;
 mod reload;

@@ -11,6 +11,7 @@ use log::{error, info, warn};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use super::lines::Lines;
 use super::port::absolute_socket;
 use crate::control::api::{Origin, Reload, reload};
 use crate::control::config::{Config, ConfigError, Workers};
@@ -96,7 +97,8 @@ pub(super) fn run(args: &RunArgs, api: Option<&Path>) -> anyhow::Result<()> {
         );
         return Ok(std::io::stdout().write_all(text.as_bytes())?);
     }
-    log_to_stderr();
+    let lines = Lines::new();
+    log_to(lines.clone());
     // Before anything starts, so that no signal finds nobody at home.
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
     // Whatever else this process does, it does beside its workers.
@@ -113,6 +115,19 @@ pub(super) fn run(args: &RunArgs, api: Option<&Path>) -> anyhow::Result<()> {
         api_given: api.is_some(),
     };
     give_up(args, &config, file_dir(origin.file.as_deref()))?;
+    lines.start(std::io::stderr())?;
+    let ended = serve(config, &cpus, origin, &mut signals);
+    lines.finish();
+    ended
+}
+
+/// Runs the switch until it is told to end.
+fn serve(
+    config: Config,
+    cpus: &[usize],
+    origin: Origin,
+    signals: &mut Signals,
+) -> anyhow::Result<()> {
     let settings = ApiSettings {
         path: config.api_path(),
         mode: config.api_mode.unwrap_or(ApiSettings::MODE),
@@ -122,7 +137,7 @@ pub(super) fn run(args: &RunArgs, api: Option<&Path>) -> anyhow::Result<()> {
     // The socket first: if another switch has it, nothing of that one is touched.
     let waiting = Api::listen(settings)?;
     let ports = config.ports.len();
-    let switch = Switch::start(config, &cpus)?;
+    let switch = Switch::start(config, cpus)?;
     let api = match waiting.serve(switch.clone()) {
         Ok(api) => api,
         Err(error) => {
@@ -133,11 +148,11 @@ pub(super) fn run(args: &RunArgs, api: Option<&Path>) -> anyhow::Result<()> {
     info!(
         "{} ports, workers on {}, control socket {}",
         ports,
-        list(&cpus),
+        list(cpus),
         api.path().display()
     );
     tell_systemd("READY=1");
-    let obeyed = obey(&mut signals, &switch, &origin);
+    let obeyed = obey(signals, &switch, &origin);
     tell_systemd("STOPPING=1");
     drop(api);
     switch.stop();
@@ -244,7 +259,7 @@ fn wanted(args: &RunArgs, host: &HostCpus) -> anyhow::Result<Config> {
     Ok(Config::from_flags(workers, idle, ports, host)?)
 }
 
-fn log_to_stderr() {
+fn log_to(lines: Lines) {
     let mut builder =
         env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"));
     // The journal has times and levels of its own.
@@ -261,6 +276,7 @@ fn log_to_stderr() {
     } else {
         builder.format_target(false);
     }
+    builder.target(env_logger::Target::Pipe(Box::new(lines)));
     // Refused only where a logger is there already: tests.
     let _ = builder.try_init();
 }
