@@ -43,6 +43,7 @@ impl OwnedSocket {
             };
             ConfigError(format!("{}: {what}: {error}{hint}", path.display()))
         };
+        no_links_of_others(path)?;
         if let Some(parent) = path.parent() {
             make_dir(parent)?;
         }
@@ -125,6 +126,29 @@ fn hand_over(
         rustix::fs::chownat(&file, "", user, group, AtFlags::EMPTY_PATH)?;
     }
     Ok((stat.st_dev, stat.st_ino))
+}
+
+/// Refuses a path that leads through a symbolic link which neither we nor root made: whoever made it could lead the socket, and the
+/// removal of an old one, to any place that we may write to.
+///
+/// A directory of somebody else's may still be replaced by a link between this look and the use; what then is at the end of the path gets
+/// neither permissions nor an owner from us unless it is the socket just made ([`hand_over`]).
+fn no_links_of_others(path: &Path) -> Result<(), ConfigError> {
+    let us = rustix::process::geteuid().as_raw();
+    for part in path.ancestors().skip(1) {
+        let Ok(file) = fs::symlink_metadata(part) else {
+            continue; // made later, by us
+        };
+        if file.is_symlink() && file.uid() != us && file.uid() != 0 {
+            return Err(ConfigError(format!(
+                "{}: leads through the symbolic link {} of user {}, who could lead the socket anywhere: write the path without it",
+                path.display(),
+                part.display(),
+                file.uid()
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Makes a directory for sockets, and those above it, where they are missing.
@@ -238,6 +262,25 @@ mod tests {
             Err(Errno::NOTSOCK)
         );
         assert_eq!(mode(), before);
+    }
+
+    #[test]
+    fn is_led_nowhere_by_a_link_of_somebody_else() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (real, link) = (dir.path().join("real"), dir.path().join("link"));
+        fs::create_dir(&real).expect("made");
+        std::os::unix::fs::symlink(&real, &link).expect("planted");
+        let path = link.join("deep/s.sock");
+        drop(OwnedSocket::listen(&path, Permissions(0o600), None).expect("a link of our own"));
+        if std::os::unix::fs::lchown(&link, Some(65_534), Some(65_534)).is_err() {
+            eprintln!("SKIPPED: another user's link: only root can make one; run as root");
+            return;
+        }
+        let refusal = OwnedSocket::listen(&path, Permissions(0o600), None)
+            .expect_err("led astray")
+            .to_string();
+        assert!(refusal.contains("of user 65534"), "{refusal}");
+        assert!(!real.join("deep/s.sock").exists());
     }
 
     #[test]
