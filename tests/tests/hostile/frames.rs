@@ -176,3 +176,105 @@ pub(super) fn h84_stations_that_differ_in_few_bits_do_not_pile_up() -> Result<()
             x.is_kept()
         })
 }
+
+#[test]
+pub(super) fn h72_who_poses_as_another_station_is_dropped_where_the_port_names_its_own()
+-> Result<()> {
+    Case::of("H72").beside().run(|x| {
+        let mac: Vec<String> = x.mac().iter().map(|b| format!("{b:02x}")).collect();
+        x.port_again(&format!(",mac={}", mac.join(":")))?;
+        let mut wild = x.attach(x.options())?;
+        wild.announce(x)?;
+        let before = x.dropped("spoofed")?;
+        // Two innocents, and the friend.
+        for from in [address(0), address(2), friend_mac()] {
+            pour(&mut wild, 100, || frame([0xff; 6], from, b"I am you"))?;
+        }
+        x.wait_dropped("spoofed", before + 300)?;
+        ensure!(
+            knows(x, 0, "a")? && knows(x, 2, "c")? && knows(x, 9, "friend")?,
+            "a station has moved"
+        );
+        x.innocents_go_on()?;
+        x.is_kept()
+    })
+}
+
+#[test]
+pub(super) fn h74_a_station_that_flaps_between_two_ports_moves_no_faster_than_it_may() -> Result<()>
+{
+    Case::of("H74").at_once(1).run(|x| {
+        x.port_again(",moves=10")?;
+        let mut wild = x.attach(x.options())?;
+        wild.announce(x)?;
+        // Each time the friend takes its address back. Two hundred times take less than ten seconds' worth of moves.
+        for _ in 0..200 {
+            x.gets_frames(1, 60)?;
+            pour(&mut wild, 16, || frame(x.mac(), friend_mac(), b"mine"))?;
+        }
+        x.wait_dropped("move_limit", 16)?;
+        x.is_kept()?;
+        // Until it is the friend's again.
+        let end = Instant::now() + PATIENCE;
+        while !knows(x, 9, "friend")? {
+            ensure!(Instant::now() < end, "the friend's address is lost");
+            x.gets_frames(1, 60)?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+pub(super) fn h75_a_storm_of_broadcasts_is_cut_at_the_ports_limit() -> Result<()> {
+    Case::of("H75").beside().run(|x| {
+        x.port_again(",floods=100")?;
+        let mut wild = x.attach(x.options())?;
+        let to = x.one_of(&[[0xff; 6], [1, 0, 0x5e, 0, 0, 1], [2; 6]]);
+        let from = x.mac();
+        pour(&mut wild, 5000, || frame(to, from, b"a storm"))?;
+        x.wait_dropped("flood_limit", 1000)?;
+        x.innocents_go_on()?;
+        x.is_kept()
+    })
+}
+
+#[test]
+pub(super) fn h76_a_bridge_behind_two_ports_floods_no_more_than_they_may() -> Result<()> {
+    Case::of("H76").run(|x| {
+        let limits = ",floods=200,moves=10";
+        x.port_again(limits)?;
+        let mut one = x.attach(x.options())?;
+        let other = X::new(x.rig, x.port.replace('x', "y"), "wild", x.seed);
+        other.add_port(limits)?;
+        let mut two = other.attach(other.options())?;
+        // Whatever comes out of one goes into the other, and round again: one broadcast is enough.
+        let from = x.mac();
+        let mut on_the_way = vec![frame([0xff; 6], from, b"round and round")];
+        let end = Instant::now() + std::time::Duration::from_millis(60);
+        while Instant::now() < end {
+            for (from, to) in [(0, 1), (1, 0)] {
+                let pair = [&mut one, &mut two];
+                let bytes: Vec<Vec<u8>> = std::mem::take(&mut on_the_way);
+                for bytes in bytes {
+                    pour(pair[to], 1, || bytes.clone())?;
+                }
+                pair[from]
+                    .queues
+                    .rx
+                    .receive(|frame| on_the_way.push(frame.to_vec()));
+                on_the_way.truncate(64);
+            }
+            if on_the_way.is_empty() {
+                on_the_way.push(frame([0xff; 6], from, b"once more"));
+            }
+        }
+        x.is_kept()?;
+        other.is_kept()?;
+        let dropped = |x: &X<'_>| {
+            Ok::<_, anyhow::Error>(x.dropped("flood_limit")? + x.dropped("move_limit")?)
+        };
+        ensure!(dropped(x)? + dropped(&other)? > 0, "nothing cut the loop");
+        drop((one, two));
+        api::del_port(&x.rig.api, &other.port)
+    })
+}

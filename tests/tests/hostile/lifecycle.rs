@@ -1,18 +1,26 @@
 //! H85 to H96: coming, going, and those who ask the API.
 
 use std::io::{Read as _, Write as _};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::net::UnixStream;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use ringway::guest::Guest;
 use ringway::guest::messages::addresses;
 use ringway::virtio::own_mem::OwnMem;
-use testkit::ringway::{Ringway, server_port};
+use rustix::fs::{Mode, OFlags};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, Signal};
+use testkit::process::wait_until;
+use testkit::ringway::{Ringway, binary, server_port};
+use testkit::topology::frame;
 
 use super::api::{self, PATIENCE};
-use super::case::Case;
+use super::case::{Case, alone};
+use super::innocents::address;
+use super::rig::reach;
 use super::talk::{PLAIN, Talk, event, message, pair, req};
 use super::x::X;
 
@@ -103,6 +111,69 @@ fn h88_with_peers_stuck_at_every_step_the_switch_still_leaves_when_told() -> Res
     // Within one second, with success, and without its sockets: `stop` asks all that.
     let took = switch.stop()?;
     println!("left after {took:?}");
+    Ok(())
+}
+
+/// A switch that is ended whatever comes of the test.
+struct Started(Child);
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn h95_a_log_that_nobody_reads_and_a_closed_standard_output_hold_nobody_up() -> Result<()> {
+    let _alone = alone();
+    let dir = tempfile::tempdir()?;
+    let [api, socket] = ["api.sock", "x.sock"].map(|name| dir.path().join(name));
+    let (_nobody_reads, log) = pipe_with(PipeFlags::CLOEXEC)?;
+    let port = format!("vhost-user:x,socket={}", socket.display());
+    let mut command = Command::new("sh");
+    command.args(["-c", "exec \"$@\" >&-", "sh"]).arg(binary()?);
+    command
+        .arg("--api")
+        .arg(&api)
+        .args(["run", "--cpus", "0", "--idle", "adaptive", "--port", &port]);
+    let child = command
+        .env("RUST_LOG", "debug")
+        .stderr(log.try_clone()?)
+        .spawn()?;
+    let mut switch = Started(child);
+    wait_until("the switch listens", PATIENCE, || {
+        api.exists() && socket.exists()
+    })?;
+    // The same pipe by another description: ours alone does not wait.
+    let again = format!("/proc/self/fd/{}", log.as_raw_fd());
+    let full = rustix::fs::open(again, OFlags::WRONLY | OFlags::NONBLOCK, Mode::empty())?;
+    while rustix::io::write(&full, &[b'\n'; 4096]).is_ok() {}
+    while rustix::io::write(&full, b"\n").is_ok() {}
+    // Each of these has something to say.
+    for _ in 0..50 {
+        drop(Talk::to(&socket)?);
+        api::port(&api, "x")?;
+    }
+    api::add_port(
+        &api,
+        &format!("vhost-user:y,socket={}/y.sock", dir.path().display()),
+    )?;
+    let mut guests = [&socket, &dir.path().join("y.sock")].map(|at| {
+        let mut guest = Guest::new(ringway::guest::Options::new(at))?;
+        let queues = guest.attach()?.remove(0);
+        Ok::<_, anyhow::Error>((guest, queues))
+    });
+    let [Ok((_, from)), Ok((_, to))] = &mut guests else {
+        anyhow::bail!("no guest is served: {:?}", guests.map(Result::err));
+    };
+    reach(from, to, &frame(address(1), address(0), b"all is well"))?;
+    let pid = Pid::from_raw(switch.0.id() as i32).context("a pid")?;
+    rustix::process::kill_process(pid, Signal::TERM)?;
+    wait_until("the switch ends", PATIENCE, || {
+        matches!(switch.0.try_wait(), Ok(Some(_)))
+    })?;
+    ensure!(switch.0.wait()?.success(), "it ended badly");
     Ok(())
 }
 

@@ -3,11 +3,12 @@
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use ringway::guest::messages::{RegionEntry, addresses, mem_table};
 use ringway::guest::{MemoryKind, Options};
 use ringway::virtio::own_mem::OwnMem;
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, fstat, ftruncate, memfd_create};
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
 use super::api::PATIENCE;
 use super::case::Case;
@@ -258,6 +259,26 @@ pub(super) fn h35_h36_holes_punched_under_rings_and_buffers_stay_the_attackers_o
     })
 }
 
+#[test]
+pub(super) fn h37_memory_that_can_be_swapped_is_refused_where_the_port_demands_hugepages()
+-> Result<()> {
+    Case::of("H37").run(|x| {
+        x.port_again(",hugepages=required")?;
+        let talk = x.connect()?;
+        talk.shake(true, 0)?;
+        let memory = OwnMem::new(1 << 20, 0x1000_0000, false)?;
+        let table = mem_table(&[whole(&memory)]);
+        is_refused(
+            x,
+            &talk,
+            (req::SET_MEM_TABLE, &table),
+            &[memory.fd()],
+            &["hugepages"],
+        )?;
+        x.port_again("")
+    })
+}
+
 /// 64 MiB of memory whose pages vanish over and over, while the friend sends to the attacker and the attacker sends.
 fn storm(x: &mut X<'_>, memory: MemoryKind) -> Result<()> {
     let mut wild = x.attach(Options {
@@ -286,6 +307,32 @@ pub(super) fn h36_a_storm_of_holes_in_small_pages_stays_the_attackers_own() -> R
 pub(super) fn h36_a_storm_of_holes_in_hugepages_stays_the_attackers_own() -> Result<()> {
     testkit::require!(testkit::skip::hugepages(256));
     Case::of("H36 hugetlb").run(|x| storm(x, MemoryKind::Hugepages))
+}
+
+#[test]
+fn h101_a_switch_that_can_map_no_more_refuses_and_goes_on() -> Result<()> {
+    Case::of("H101").at_once(1).seeds(5).run(|x| {
+        let talk = x.connect()?;
+        talk.shake(false, 0)?;
+        talk.say(req::GET_FEATURES, &[])?;
+        talk.hear()?;
+        // Room for what the switch does itself, and not for 256 MiB of a guest's.
+        let memory = OwnMem::new(256 << 20, 0x1000_0000, false)?;
+        let (pid, now) = (
+            Pid::from_raw(x.rig.pid as i32).context("a pid")?,
+            std::fs::read_to_string(format!("/proc/{}/statm", x.rig.pid))?,
+        );
+        let pages: u64 = now.split(' ').next().unwrap_or("").parse()?;
+        let little = Rlimit {
+            current: Some(pages * 4096 + (32 << 20)),
+            maximum: getrlimit(Resource::As).maximum,
+        };
+        let before = prlimit(Some(pid), Resource::As, little)?;
+        talk.share(&memory)?;
+        let ended = x.is_put_out(&["memory"]);
+        prlimit(Some(pid), Resource::As, before)?;
+        ended
+    })
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! H42 to H62: rings.
 
+use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use ringway::guest::messages::addresses;
 use ringway::guest::{Layout, Options, Rx, Tx};
 use ringway::virtio::driver::Raw;
 use ringway::virtio::own_mem::OwnMem;
@@ -12,7 +14,7 @@ use testkit::topology::frame;
 use super::api::PATIENCE;
 use super::case::Case;
 use super::rig::friend_mac;
-use super::talk::{pair, req};
+use super::talk::{event, pair, req};
 use super::x::{Wild, X};
 
 /// Words of the reasons for which a guest with a lying ring is put out.
@@ -546,4 +548,54 @@ pub(super) fn h62_rings_switched_on_and_off_in_full_traffic() -> Result<()> {
         ensure!(talk.hear()? == base, "the ring moved after it was stopped");
         Ok(())
     })
+}
+
+#[test]
+pub(super) fn h90_rings_that_do_not_fit_their_indices_after_a_restart() -> Result<()> {
+    Case::of("H90").run(|x| {
+        let memory = OwnMem::new(1 << 20, 0x1000_0000, false)?;
+        let talk = x.connect()?;
+        talk.shake(false, 0)?;
+        talk.share(&memory)?;
+        let kick = event()?;
+        // The used index is where no switch left it, and more is available from there than the ring holds.
+        let (used, ahead) = (x.any() as u16, 257 + x.below(60_000) as u16);
+        for ring in 0..2u32 {
+            let at = u64::from(ring) * 65_536;
+            let (desc, avail, taken) = (at, at + 8192, at + 16_384);
+            memory.write(
+                memory.gpa() + avail + 2,
+                &used.wrapping_add(ahead).to_le_bytes(),
+            );
+            memory.write(memory.gpa() + taken + 2, &used.to_le_bytes());
+            let uva = memory.uva();
+            let places = addresses(ring, uva + desc, uva + taken, uva + avail);
+            talk.say(req::SET_VRING_NUM, &pair(ring, 256))?;
+            talk.say(req::SET_VRING_BASE, &pair(ring, 0))?;
+            talk.say(req::SET_VRING_ADDR, &places)?;
+            talk.say_with(req::SET_VRING_KICK, &pair(ring, 0), &[kick.as_fd()])?;
+            talk.say(req::SET_VRING_ENABLE, &pair(ring, 1))?;
+        }
+        rustix::io::write(&kick, &1u64.to_ne_bytes())?;
+        x.is_put_out(&["available index"])
+    })
+}
+
+/// A processor that guesses the outcome of the check must not read beyond the table either: every index that a guest wrote is masked
+/// where it is used (Spectre, variant 1). Packed rings are walked by an index of our own.
+#[test]
+fn h103_indices_that_guests_write_are_masked_besides_the_check() -> Result<()> {
+    let code = std::fs::read_to_string("../switch/src/virtio/split.rs")?;
+    let reads: Vec<&str> = (code.lines().map(str::trim))
+        .filter(|line| line.contains("table.read("))
+        .collect();
+    ensure!(
+        reads.len() >= 2,
+        "the table is read in another way: {reads:?}"
+    );
+    for line in reads {
+        let masked = line.contains("& mask)") || line.contains("& (table.size - 1))");
+        ensure!(masked, "not masked: {line}");
+    }
+    Ok(())
 }
