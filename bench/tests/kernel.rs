@@ -118,7 +118,7 @@ fn an_interrupted_run_says_what_it_has_and_leaves_no_helper_behind() -> Result<(
     let output = run.wait_with_output()?;
     let text = said(&output);
     ensure!(
-        text.contains("INCOMPLETE") || text.contains("nothing was measured"),
+        text.contains("PARTIAL") || text.contains("nothing was measured"),
         "{text}"
     );
     let began = Instant::now();

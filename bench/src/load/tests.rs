@@ -316,7 +316,7 @@ fn large_frames_spread_over_several_receive_buffers() {
     let bed = bed(Kind::Cross);
     let mut fleet = fleet(&bed, &frontends, &frames);
     let outcome = run(&mut fleet, Pace::Window(16), 0.3);
-    assert!(outcome.count.received > 100, "{:?}", outcome.count);
+    assert!(outcome.count.received > 10, "{:?}", outcome.count);
     assert_eq!(outcome.count.received, outcome.count.sent);
     assert_eq!(outcome.count.verified, outcome.count.received);
 }
