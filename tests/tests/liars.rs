@@ -134,6 +134,31 @@ fn half_a_message_is_waited_for_by_its_own_port_alone() -> Result<()> {
 /// A lie told in the liar's transmit ring, while the switch polls it.
 type Lie = (&'static str, fn(&Raw<'_>), &'static str);
 
+/// Puts a descriptor into the available ring.
+fn offer(raw: &Raw<'_>, head: u16) {
+    raw.set_avail(raw.avail_idx(), head);
+    raw.set_avail_idx(raw.avail_idx().wrapping_add(1));
+}
+
+/// A split ring whose buffers come back in any order.
+fn any_order(options: Options) -> Options {
+    Options {
+        in_order: false,
+        ..options
+    }
+}
+
+fn each_costs_its_port(lies: &[Lie], kind: fn(Options) -> Options) -> Result<()> {
+    for (name, lie, word) in lies {
+        let mut scene = scene(kind)?;
+        let tx = &mut scene.liar.pairs[0].tx;
+        lie(&tx.raw());
+        tx.kick_anyway();
+        scene.costs_the_liar_its_port(word).context(*name)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn lies_in_a_split_ring() -> Result<()> {
     let lies: [Lie; 5] = [
@@ -145,8 +170,7 @@ fn lies_in_a_split_ring() -> Result<()> {
         (
             "a descriptor beyond the table",
             |raw| {
-                raw.set_avail(raw.avail_idx(), 40_000);
-                raw.set_avail_idx(raw.avail_idx().wrapping_add(1));
+                offer(raw, 40_000);
             },
             "descriptor",
         ),
@@ -154,8 +178,7 @@ fn lies_in_a_split_ring() -> Result<()> {
             "a chain that bites its tail",
             |raw| {
                 raw.set_desc(9, (raw.desc(0).0, 64, flag::NEXT, 9));
-                raw.set_avail(raw.avail_idx(), 9);
-                raw.set_avail_idx(raw.avail_idx().wrapping_add(1));
+                offer(raw, 9);
             },
             "chain",
         ),
@@ -163,8 +186,7 @@ fn lies_in_a_split_ring() -> Result<()> {
             "a buffer to be written where one is to be read",
             |raw| {
                 raw.set_desc(9, (raw.desc(0).0, 64, flag::WRITE, 0));
-                raw.set_avail(raw.avail_idx(), 9);
-                raw.set_avail_idx(raw.avail_idx().wrapping_add(1));
+                offer(raw, 9);
             },
             "direction",
         ),
@@ -172,23 +194,12 @@ fn lies_in_a_split_ring() -> Result<()> {
             "an indirect table of a length that is none",
             |raw| {
                 raw.set_desc(9, (raw.desc(0).0, 17, flag::INDIRECT, 0));
-                raw.set_avail(raw.avail_idx(), 9);
-                raw.set_avail_idx(raw.avail_idx().wrapping_add(1));
+                offer(raw, 9);
             },
             "indirect",
         ),
     ];
-    for (name, lie, word) in lies {
-        let mut scene = scene(|options| Options {
-            in_order: false,
-            ..options
-        })?;
-        let tx = &mut scene.liar.pairs[0].tx;
-        lie(&tx.raw());
-        tx.kick_anyway();
-        scene.costs_the_liar_its_port(word).context(name)?;
-    }
-    Ok(())
+    each_costs_its_port(&lies, any_order)
 }
 
 #[test]
@@ -217,22 +228,12 @@ fn lies_in_a_packed_ring() -> Result<()> {
             "indirect",
         ),
     ];
-    for (name, lie, word) in lies {
-        let mut scene = scene(|options| options.packed())?;
-        let tx = &mut scene.liar.pairs[0].tx;
-        lie(&tx.raw());
-        tx.kick_anyway();
-        scene.costs_the_liar_its_port(word).context(name)?;
-    }
-    Ok(())
+    each_costs_its_port(&lies, Options::packed)
 }
 
 #[test]
 fn lies_in_a_receive_ring_are_found_when_somebody_sends_to_it() -> Result<()> {
-    let mut scene = scene(|options| Options {
-        in_order: false,
-        ..options
-    })?;
+    let mut scene = scene(any_order)?;
     let raw = scene.liar.pairs[0].rx.raw();
     raw.set_avail_idx(raw.avail_idx().wrapping_add(9999));
     let sent = frame(scene.liar.mac(), scene.friend.mac(), b"for a broken ring");
@@ -245,15 +246,11 @@ fn lies_in_a_receive_ring_are_found_when_somebody_sends_to_it() -> Result<()> {
 
 #[test]
 fn a_buffer_outside_the_memory_costs_that_frame_alone() -> Result<()> {
-    let mut scene = scene(|options| Options {
-        in_order: false,
-        ..options
-    })?;
+    let mut scene = scene(any_order)?;
     let raw = scene.liar.pairs[0].tx.raw();
     for (slot, address) in (0..).zip([0, 0x7fff_ffff_f000, u64::MAX - 10]) {
         raw.set_desc(100 + slot, (address, 100, 0, 0));
-        raw.set_avail(raw.avail_idx(), 100 + slot);
-        raw.set_avail_idx(raw.avail_idx().wrapping_add(1));
+        offer(&raw, 100 + slot);
     }
     scene.liar.pairs[0].tx.kick_anyway();
     scene.net.count_sent(3);
@@ -272,10 +269,7 @@ fn a_buffer_outside_the_memory_costs_that_frame_alone() -> Result<()> {
 
 #[test]
 fn a_guest_is_called_about_buffers_that_were_good_for_nothing() -> Result<()> {
-    let mut scene = scene(|options| Options {
-        in_order: false,
-        ..options
-    })?;
+    let mut scene = scene(any_order)?;
     let rx = &mut scene.liar.pairs[0].rx;
     let raw = rx.raw();
     // Every receive buffer is too small for a header even; only a guest that hears of them can bring better ones.

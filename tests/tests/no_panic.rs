@@ -8,7 +8,7 @@
 //! Needs `target/release/ringway` (`tests/run` builds it first) and binutils.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
@@ -204,7 +204,15 @@ fn place(binary: &Path, at: u64) -> String {
     text.lines().map(short).collect::<Vec<_>>().join(" < ")
 }
 
-fn built(binary: &Path) -> Result<(), Missing> {
+/// The program that is shipped.
+fn shipped() -> PathBuf {
+    target_dir().join("release/ringway")
+}
+
+/// Whether it is there, with what it takes to read it.
+fn readable(binary: &Path) -> Result<(), Missing> {
+    tool("objdump", "binutils")?;
+    tool("readelf", "binutils")?;
     let missing = || {
         Missing::new(
             "there is no release build",
@@ -216,12 +224,8 @@ fn built(binary: &Path) -> Result<(), Missing> {
 
 #[test]
 fn no_worker_can_panic_nor_take_memory() -> Result<()> {
-    let binary = target_dir().join("release/ringway");
-    testkit::require!(
-        tool("objdump", "binutils"),
-        tool("readelf", "binutils"),
-        built(&binary)
-    );
+    let binary = shipped();
+    testkit::require!(readable(&binary));
     let calls = Calls::of_binary(&binary)?;
     let mut roots = Vec::new();
     for root in ROOTS {
@@ -261,12 +265,8 @@ fn no_worker_can_panic_nor_take_memory() -> Result<()> {
 
 #[test]
 fn a_way_to_a_panic_is_found_where_there_is_one() -> Result<()> {
-    let binary = target_dir().join("release/ringway");
-    testkit::require!(
-        tool("objdump", "binutils"),
-        tool("readelf", "binutils"),
-        built(&binary)
-    );
+    let binary = shipped();
+    testkit::require!(readable(&binary));
     let calls = Calls::of_binary(&binary)?;
     let reached = calls.reach(
         &calls.roots("ringway::control::config::Config::parse"),

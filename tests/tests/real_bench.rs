@@ -1,7 +1,7 @@
 //! The generator of `ringway-bench` against every switch it can start: frames go through, all of them, and the books are right.
 
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -21,16 +21,22 @@ fn bench() -> PathBuf {
     )
 }
 
-/// Runs `ringway-bench` with `--json -`, at most two minutes, and returns what it saved.
+/// `ringway-bench` with these arguments, for so many seconds at most.
+fn bounded(seconds: u32, arguments: &str) -> Command {
+    let mut command = Command::new("timeout");
+    command
+        .args(["-k", "2", &seconds.to_string()])
+        .arg(bench())
+        .args(arguments.split(' '));
+    command
+}
+
+/// Runs it with `--json -` and returns what it saved.
 fn saved(arguments: &str) -> Result<Value> {
-    let binary = bench();
-    let output = Command::new("timeout")
-        .args(["-k", "2", "120"])
-        .arg(&binary)
-        .args(arguments.split(' '))
+    let output = bounded(120, arguments)
         .args(["--json", "-"])
         .output()
-        .with_context(|| binary.display().to_string())?;
+        .with_context(|| bench().display().to_string())?;
     let errors = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{arguments}: {errors}");
     serde_json::from_slice(&output.stdout).with_context(|| format!("{arguments}: {errors}"))
@@ -220,11 +226,7 @@ fn what_cannot_be_measured_is_a_sentence_in_time() -> Result<()> {
         ("chain --switch ringway --lengths 0", "0 is not in"),
     ] {
         let began = Instant::now();
-        let output = Command::new("timeout")
-            .args(["-k", "2", "60"])
-            .arg(bench())
-            .args(arguments.split(' '))
-            .output()?;
+        let output = bounded(60, arguments).output()?;
         let errors = String::from_utf8_lossy(&output.stderr).into_owned();
         ensure!(!output.status.success(), "{arguments}: it went well");
         ensure!(errors.contains(said), "{arguments}: {errors}");
@@ -321,47 +323,20 @@ fn ovs_of_another_system_runs_in_its_chroot() -> Result<()> {
     Ok(())
 }
 
-/// A switch that dies in the middle of a run costs the rest of the run, not what was measured.
-#[test]
-#[ignore = "real peer: run by tests/run"]
-fn a_switch_that_dies_in_the_middle_leaves_a_partial_result() -> Result<()> {
-    require!(cpus(2));
-    let directory = tempfile::tempdir()?;
-    let sockets = ["a", "b"].map(|name| directory.path().join(name).display().to_string());
-    let mut reference = Command::new(bench())
-        .args([
-            "reference",
-            "--socket",
-            &sockets[0],
-            "--socket",
-            &sockets[1],
-        ])
-        .spawn()?;
-    let load = Command::new("timeout")
-        .args(["-k", "2", "60"])
-        .arg(bench())
-        .args([
-            "load",
-            "--seconds",
-            "30",
-            "--socket",
-            &sockets[0],
-            "--socket",
-            &sockets[1],
-        ])
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped())
-        .spawn()?;
-    std::thread::sleep(Duration::from_secs(4));
-    reference.kill()?;
-    reference.wait()?;
+/// Starts a program that is to be cut short, and hears what it prints.
+fn listened_to(program: &mut Command) -> Result<Child> {
+    Ok(program
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?)
+}
+
+/// Its run was cut short just now.
+fn ends_soon_and_says(program: Child, words: [&str; 2]) -> Result<()> {
     let began = Instant::now();
-    let output = load.wait_with_output()?;
+    let output = program.wait_with_output()?;
     let text = String::from_utf8_lossy(&output.stdout);
-    ensure!(
-        text.contains("PARTIAL") && text.contains("closed the connection"),
-        "{output:?}"
-    );
+    ensure!(words.iter().all(|word| text.contains(word)), "{output:?}");
     ensure!(
         began.elapsed() < Duration::from_secs(15),
         "it took {:?}",
@@ -370,32 +345,41 @@ fn a_switch_that_dies_in_the_middle_leaves_a_partial_result() -> Result<()> {
     Ok(())
 }
 
+/// A switch that dies in the middle of a run costs the rest of the run, not what was measured.
+#[test]
+#[ignore = "real peer: run by tests/run"]
+fn a_switch_that_dies_in_the_middle_leaves_a_partial_result() -> Result<()> {
+    require!(cpus(2));
+    let directory = tempfile::tempdir()?;
+    let sockets = ["a", "b"].map(|name| directory.path().join(name).display().to_string());
+    let mut reference = Command::new(bench())
+        .arg("reference")
+        .args(["--socket", &sockets[0], "--socket", &sockets[1]])
+        .spawn()?;
+    let load = listened_to(bounded(60, "load --seconds 30").args([
+        "--socket",
+        &sockets[0],
+        "--socket",
+        &sockets[1],
+    ]))?;
+    std::thread::sleep(Duration::from_secs(4));
+    reference.kill()?;
+    reference.wait()?;
+    ends_soon_and_says(load, ["PARTIAL", "closed the connection"])
+}
+
 /// What was measured until Ctrl-C is printed, and marked.
 #[test]
 #[ignore = "real peer: run by tests/run"]
 fn ctrl_c_prints_what_was_measured_so_far() -> Result<()> {
     require!(cpus(2));
-    let load = Command::new(bench())
-        .args("load --switch ringway --nice 0 --seconds 60".split(' '))
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped())
-        .spawn()?;
+    let load = listened_to(
+        Command::new(bench()).args("load --switch ringway --nice 0 --seconds 60".split(' ')),
+    )?;
     std::thread::sleep(Duration::from_secs(6));
-    let began = Instant::now();
     rustix::process::kill_process(
         rustix::process::Pid::from_child(&load),
         rustix::process::Signal::INT,
     )?;
-    let output = load.wait_with_output()?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    ensure!(
-        text.contains("PARTIAL: interrupted") && text.contains("received"),
-        "{output:?}"
-    );
-    ensure!(
-        began.elapsed() < Duration::from_secs(15),
-        "it took {:?}",
-        began.elapsed()
-    );
-    Ok(())
+    ends_soon_and_says(load, ["PARTIAL: interrupted", "received"])
 }

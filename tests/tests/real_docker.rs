@@ -31,13 +31,7 @@ fn containers_exchange_frames(docker: &Docker, folder: &Path) -> Result<u64> {
     };
     let mut first = start("blue", &blue, &red)?;
     let mut second = start("red", &red, &blue)?;
-    first.wait_links_up(PATIENCE)?;
-    second.wait_links_up(PATIENCE)?;
-    second.command("start")?;
-    first.command("start tx_first 4")?;
-    first.wait_received(FRAMES, PATIENCE)?;
-    first.command("stop")?;
-    second.command("stop")?;
+    first.exchange(&mut second, FRAMES, PATIENCE)?;
     let sent = first.stats()?[0].tx_packets + second.stats()?[0].tx_packets;
     first.quit()?;
     second.quit()?;

@@ -301,13 +301,7 @@ fn two_containers_exchange_frames() -> Result<()> {
     let [blue, red] = ports(&switch);
     let mut first = Config::single(&blue, &red).start()?;
     let mut second = Config::single(&red, &blue).start()?;
-    first.wait_links_up(PATIENCE)?;
-    second.wait_links_up(PATIENCE)?;
-    second.command("start")?;
-    first.command("start tx_first 4")?;
-    first.wait_received(FRAMES, PATIENCE)?;
-    first.command("stop")?;
-    second.command("stop")?;
+    first.exchange(&mut second, FRAMES, PATIENCE)?;
     let books = switch.balanced_books()?;
     let sent: u64 = [first.stats()?, second.stats()?]
         .iter()

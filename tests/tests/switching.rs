@@ -31,6 +31,29 @@ fn announce<const N: usize>(net: &Net, stations: &mut [Station; N]) -> Result<()
     net.settle()
 }
 
+/// Two guests of a kind, on a switch of their own.
+fn two_of(kind: impl FnOnce(Options) -> Options + Copy) -> Result<(Net, [Station; 2])> {
+    let net = Net::with_ports(&["a", "b"])?;
+    let two = [net.attach_as("a", kind)?, net.attach_as("b", kind)?];
+    Ok((net, two))
+}
+
+/// A frame of each length goes from one guest of each kind to another.
+fn arrive_whole(kinds: &[Kind], lengths: &[usize]) -> Result<()> {
+    for (name, kind) in kinds {
+        let (net, [mut a, mut b]) = two_of(kind)?;
+        for len in lengths {
+            let payload: Vec<u8> = (0..len - 14).map(|byte| (byte * 7 + len) as u8).collect();
+            let sent = frame(b.mac(), a.mac(), &payload);
+            a.send(&sent)?;
+            b.expect(&sent)
+                .map_err(|error| error.context(format!("{name}, {len} bytes")))?;
+        }
+        net.settle()?;
+    }
+    Ok(())
+}
+
 #[test]
 fn floods_unknown_unicast_broadcast_and_multicast_to_all_but_ingress() -> Result<()> {
     let net = Net::with_ports(&["a", "b", "c"])?;
@@ -260,21 +283,8 @@ fn frames_of_every_length_arrive_whole_through_every_kind_of_ring() -> Result<()
             ..o.packed()
         }),
     ];
-    for (name, kind) in kinds {
-        let net = Net::with_ports(&["a", "b"])?;
-        let mut a = net.attach_as("a", kind)?;
-        let mut b = net.attach_as("b", kind)?;
-        for len in (14..200).chain([1000, 1499, 1500, 1514, 2000]) {
-            let payload: Vec<u8> = (0..len).map(|byte| (byte * 7 + len) as u8).collect();
-            let mut sent = frame(b.mac(), a.mac(), &payload);
-            sent.truncate(len);
-            a.send(&sent)?;
-            b.expect(&sent)
-                .map_err(|error| error.context(format!("{name}, {len} bytes")))?;
-        }
-        net.settle()?;
-    }
-    Ok(())
+    let lengths = (14..200).chain([1000, 1499, 1500, 1514, 2000]);
+    arrive_whole(&kinds, &lengths.collect::<Vec<_>>())
 }
 
 #[test]
@@ -297,22 +307,10 @@ fn jumbo_and_64_kib_frames_arrive_whole_in_one_buffer_or_in_many() -> Result<()>
             ..o.packed().ring_size(256)
         }),
     ];
-    for (name, kind) in kinds {
-        let net = Net::with_ports(&["a", "b"])?;
-        let mut a = net.attach_as("a", kind)?;
-        let mut b = net.attach_as("b", kind)?;
-        for len in [
-            2034, 2036, 2037, 4096, 8999, 9000, 9018, 30_000, 64_000, 65_000,
-        ] {
-            let payload: Vec<u8> = (0..len - 14).map(|byte| (byte * 13 + len) as u8).collect();
-            let sent = frame(b.mac(), a.mac(), &payload);
-            a.send(&sent)?;
-            b.expect(&sent)
-                .map_err(|error| error.context(format!("{name}, {len} bytes")))?;
-        }
-        net.settle()?;
-    }
-    Ok(())
+    let lengths = [
+        2034, 2036, 2037, 4096, 8999, 9000, 9018, 30_000, 64_000, 65_000,
+    ];
+    arrive_whole(&kinds, &lengths)
 }
 
 #[test]
@@ -349,9 +347,7 @@ fn a_guest_that_sleeps_is_woken_by_a_call_and_a_polling_one_is_left_alone() -> R
                     ..options
                 }
             };
-            let net = Net::with_ports(&["a", "b"])?;
-            let mut a = net.attach_as("a", kind)?;
-            let mut b = net.attach_as("b", kind)?;
+            let (net, [mut a, mut b]) = two_of(kind)?;
             for round in 0..20u8 {
                 let rx = &mut b.pairs[0].rx;
                 ensure!(!rx.arm(), "a frame too many");
@@ -400,9 +396,7 @@ fn a_hundred_thousand_frames_keep_order_and_content_around_rings_of_every_size()
                 ..options.ring_size(size)
             }
         };
-        let net = Net::with_ports(&["a", "b"])?;
-        let mut a = net.attach_as("a", kind)?;
-        let mut b = net.attach_as("b", kind)?;
+        let (net, [mut a, mut b]) = two_of(kind)?;
         let frames = if size < 64 { 2_000 } else { 100_000 };
         let window = u64::from(size).min(256);
         exchange(&mut a.pairs[0], &mut b.pairs[0], frames, 100, window)

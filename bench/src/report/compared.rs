@@ -86,18 +86,13 @@ pub(super) fn rates(placement: Placement, saved: &Saved, cells: &[Cell]) -> Opti
         &head,
     );
     for row in rows(placement, cells) {
-        let mut line = vec![row.of.work.title.clone()];
-        line.extend(
-            peers
-                .iter()
-                .map(|peer| match find(placement, cells, &row.of.row, peer) {
-                    None => NONE.to_owned(),
-                    Some(Cell {
-                        hop_us: Some(hop), ..
-                    }) => hop.show(" µs"),
-                    Some(cell) => cell.mpps.show(""),
-                }),
-        );
+        let mut line = line(row, &peers, |peer| {
+            let cell = find(placement, cells, &row.of.row, peer)?;
+            Some(match cell.hop_us {
+                Some(hop) => hop.show(" µs"),
+                None => cell.mpps.show(""),
+            })
+        });
         let first = find(placement, cells, &row.of.row, peers[0]);
         line.extend(others().map(|peer| {
             let other = find(placement, cells, &row.of.row, peer);
@@ -130,6 +125,17 @@ fn columns(peers: &[&str]) -> String {
     columns.collect::<Vec<_>>().join(" | ")
 }
 
+/// The line of a row: its title, then what there is to say of each switch.
+fn line(row: &Cell, peers: &[&str], say: impl Fn(&str) -> Option<String>) -> Vec<String> {
+    let mut line = vec![row.of.work.title.clone()];
+    line.extend(
+        peers
+            .iter()
+            .map(|peer| say(peer).unwrap_or_else(|| NONE.to_owned())),
+    );
+    line
+}
+
 fn find<'c, 's>(
     placement: Placement,
     cells: &'c [Cell<'s>],
@@ -158,20 +164,14 @@ fn costs(placement: Placement, saved: &Saved, cells: &[Cell]) -> Option<Grid> {
         &head,
     );
     for row in rows(placement, cells) {
-        let mut line = vec![row.of.work.title.clone()];
-        line.extend(
-            peers
-                .iter()
-                .map(|peer| match find(placement, cells, &row.of.row, peer) {
-                    None => NONE.to_owned(),
-                    Some(cell) => format!(
-                        "{} + {}",
-                        side(cell.switch_cycles, cell.switch_busy),
-                        side(cell.client_cycles, cell.client_busy)
-                    ),
-                }),
-        );
-        grid.lines.push(line);
+        grid.lines.push(line(row, &peers, |peer| {
+            let cell = find(placement, cells, &row.of.row, peer)?;
+            Some(format!(
+                "{} + {}",
+                side(cell.switch_cycles, cell.switch_busy),
+                side(cell.client_cycles, cell.client_busy)
+            ))
+        }));
     }
     some(grid)
 }
@@ -183,15 +183,11 @@ pub(super) fn shares(placement: Placement, saved: &Saved, cells: &[Cell]) -> Opt
     let mut grid = Grid::new(format!("{}: shares", placement.name()), &head);
     for row in rows(placement, cells) {
         let Some(base) = &row.of.base else { continue };
-        let mut line = vec![row.of.work.title.clone()];
-        line.extend(peers.iter().map(|peer| {
-            let cell = find(placement, cells, &row.of.row, peer);
-            cell.zip(find(placement, cells, base, peer))
-                .map_or(NONE.to_owned(), |(cell, base)| {
-                    format!("{:.2}", cell.mpps.median / base.mpps.median)
-                })
+        grid.lines.push(line(row, &peers, |peer| {
+            let cell = find(placement, cells, &row.of.row, peer)?;
+            let base = find(placement, cells, base, peer)?;
+            Some(format!("{:.2}", cell.mpps.median / base.mpps.median))
         }));
-        grid.lines.push(line);
     }
     some(grid)
 }

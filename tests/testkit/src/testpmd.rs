@@ -419,6 +419,17 @@ impl Testpmd {
         }
     }
 
+    /// Starts to send to `other`, which sends back, and stops both once `frames` have come back.
+    pub fn exchange(&mut self, other: &mut Testpmd, frames: u64, within: Duration) -> Result<()> {
+        self.wait_links_up(within)?;
+        other.wait_links_up(within)?;
+        other.command("start")?;
+        self.command("start tx_first 4")?;
+        self.wait_received(frames, within)?;
+        self.command("stop")?;
+        other.command("stop").map(drop)
+    }
+
     /// Waits until each port has received `frames` more than it had.
     pub fn wait_received(&mut self, frames: u64, within: Duration) -> Result<Vec<PortStats>> {
         let end = Instant::now() + within;

@@ -35,24 +35,14 @@ impl Wire {
 
     /// Connects to a listening `SOCK_SEQPACKET` socket: the wire of another model.
     pub fn connect(path: &Path) -> io::Result<Wire> {
-        let fd = socket_with(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )?;
+        let fd = socket()?;
         rustix::net::connect(&fd, &SocketAddrUnix::new(path)?)?;
         Wire::from_fd(fd)
     }
 
     /// Listens at `path` and takes the first that connects.
     pub fn accept(path: &Path) -> io::Result<Wire> {
-        let fd = socket_with(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )?;
+        let fd = socket()?;
         rustix::net::bind(&fd, &SocketAddrUnix::new(path)?)?;
         rustix::net::listen(&fd, 1)?;
         let wire = rustix::net::accept_with(&fd, SocketFlags::CLOEXEC)?;
@@ -99,6 +89,16 @@ impl Wire {
     pub fn try_clone(&self) -> io::Result<Wire> {
         Ok(Wire(self.0.try_clone()?))
     }
+}
+
+/// A socket that keeps message boundaries.
+fn socket() -> io::Result<OwnedFd> {
+    Ok(socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )?)
 }
 
 impl AsFd for Wire {
