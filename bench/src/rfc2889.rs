@@ -3,15 +3,16 @@
 use anyhow::{Result, ensure};
 
 use crate::interrupt;
-use crate::load::fleet::Wire;
 use crate::load::frames::Frames;
 use crate::load::frontends::Frontends;
 use crate::load::outcome::Outcome;
 use crate::load::seconds;
 use crate::load::sender::Pace;
+use crate::load::session::Session;
 use crate::load::stream::FLOWS_MAX;
-use crate::load::target::{self, Session, Target};
+use crate::load::target::{self, Target};
 use crate::load::trial::Trial;
+use crate::load::wiring::Wire;
 use crate::report::Output;
 use crate::results::{AddressStep, Addresses, Count, HeadOfLine, Measurement, Saved};
 use crate::scenario::{gather, own_switch, with_ports};
@@ -274,21 +275,9 @@ fn broadcast(options: &Rfc2889, target: &Target) -> Result<(Saved, String)> {
         digits(outcome.count.sent as f64 / outcome.count.seconds / 1e6),
         outcome.count.lost
     );
-    session
-        .saved
-        .measurements
-        .push(Measurement::Load(crate::results::Load {
-            peer: session.peer.clone(),
-            work: frames.work(&options.frontends, 4),
-            pace: "window of 64".to_owned(),
-            count: outcome.count.clone(),
-            steps: outcome.steps.clone(),
-            generator_cycles: outcome.cycles,
-            generator_busy: outcome.busy,
-            gaps_ns: outcome.gaps_ns.clone(),
-            placement: session.placement,
-            partial: outcome.partial.clone(),
-            latencies: vec![outcome.latency("all")],
-        }));
+    let work = frames.work(&options.frontends, 4);
+    let latencies = vec![outcome.latency("all")];
+    let load = session.load(work, "window of 64".to_owned(), &outcome, latencies);
+    session.saved.measurements.push(Measurement::Load(load));
     Ok((session.close(outcome.partial.is_none()), text))
 }

@@ -2,10 +2,10 @@
 
 use anyhow::{Result, ensure};
 
-use super::fleet::Wire;
 use super::frontends::Frontends;
 use super::sender::Lengths;
 use super::stream::FLOWS_MAX;
+use super::wiring::Wire;
 use crate::results::Work;
 
 /// The longest frame: what the 16 bits of its length hold.

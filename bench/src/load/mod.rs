@@ -1,15 +1,18 @@
 //! `ringway-bench load`: the generator and sink, on sockets of any vhost-user switch.
 
+mod drive;
 pub(crate) mod fleet;
 pub(crate) mod frames;
 pub(crate) mod frontends;
 pub(crate) mod outcome;
 pub(crate) mod relay;
 pub(crate) mod sender;
+pub(crate) mod session;
 pub(crate) mod sink;
 pub(crate) mod stream;
 pub(crate) mod target;
 pub(crate) mod trial;
+pub(crate) mod wiring;
 
 #[cfg(test)]
 #[path = "tests.rs"]
@@ -29,7 +32,8 @@ use frames::Frames;
 use frontends::Frontends;
 use outcome::Outcome;
 use sender::Pace;
-use target::{Session, Target};
+use session::Session;
+use target::Target;
 use trial::Trial;
 
 /// Sends frames through a switch as containers do, and checks every frame that comes back.
@@ -122,19 +126,8 @@ fn one(options: &LoadArgs, target: &Target) -> Result<(Saved, String)> {
     }
     let mut latencies = vec![outcome.latency("all")];
     latencies.extend(outcome.by_port());
-    let load = Load {
-        peer: session.peer.clone(),
-        work: options.frames.work(&options.frontends, session.ports),
-        pace: described,
-        count: outcome.count.clone(),
-        steps: outcome.steps.clone(),
-        generator_cycles: outcome.cycles,
-        generator_busy: outcome.busy,
-        gaps_ns: outcome.gaps_ns.clone(),
-        placement: session.placement,
-        partial: outcome.partial.clone(),
-        latencies,
-    };
+    let work = options.frames.work(&options.frontends, session.ports);
+    let load = session.load(work, described, &outcome, latencies);
     note_limits(&mut session, options, &outcome);
     let text = show(&load, outcome.mpps);
     session.saved.measurements.push(Measurement::Load(load));

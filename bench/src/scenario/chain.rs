@@ -7,7 +7,8 @@ use crate::kernel::{GENERATOR, Way, chain as row};
 use crate::load::frames::Frames;
 use crate::load::frontends::Frontends;
 use crate::load::sender::Pace;
-use crate::load::target::{self, Session, Target};
+use crate::load::session::{self, Session};
+use crate::load::target::{self, Target};
 use crate::load::trial::Trial;
 use crate::load::{faults, placement_name, seconds, times};
 use crate::peers::kernel::Running;
@@ -116,7 +117,7 @@ fn through_the_kernel(
         .with_context(|| format!("--switch {}: one frame size of 40 to 9000", way.name()))?;
     let (cpus, hz) = (target.cpus()?, tsc_hz());
     let priority = Priority::raise(target.nice);
-    let mut saved = target::saved(hz, cpus, priority.nice());
+    let mut saved = session::saved(hz, cpus, priority.nice());
     let directory = tempfile::Builder::new().prefix("rwb").tempdir()?;
     let place = Place {
         directory: directory.path().to_owned(),
@@ -132,7 +133,7 @@ fn through_the_kernel(
     let links = Running::start(way, setup, &place)?;
     let chain = row::Chain::open(&links.containers, cpus.pair(), frame.into(), hz)?;
     let time = std::time::Duration::from_secs_f64(options.seconds);
-    let sentinel = || Ok::<_, anyhow::Error>(look(cpus.pair(), target::SENTINEL)?.round_trip_ns);
+    let sentinel = || Ok::<_, anyhow::Error>(look(cpus.pair(), session::SENTINEL)?.round_trip_ns);
     chain.run(256, time / 4)?;
     let loaded = chain.run(256, time)?;
     let before = sentinel()?;

@@ -9,7 +9,8 @@ use crate::interrupt;
 use crate::load::frames::Frames;
 use crate::load::frontends::Frontends;
 use crate::load::seconds;
-use crate::load::target::{self, Session, Target};
+use crate::load::session::Session;
+use crate::load::target::{self, Target};
 use crate::report::Output;
 use crate::results::{Footprint, Measurement, Saved};
 

@@ -11,7 +11,8 @@ use anyhow::{Context, Result, bail};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::interrupt;
-use crate::load::target::{Session, Target};
+use crate::load::session::Session;
+use crate::load::target::Target;
 use crate::process::pin;
 use crate::results::Saved;
 

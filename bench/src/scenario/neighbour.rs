@@ -4,13 +4,15 @@ use anyhow::{Result, bail};
 use ringway::guest::traffic::Tally;
 
 use super::with_ports;
-use crate::load::fleet::{Fleet, Wire};
+use crate::load::fleet::Fleet;
 use crate::load::frames::Frames;
 use crate::load::frontends::Frontends;
 use crate::load::outcome::{Outcome, counted};
 use crate::load::sender::Pace;
-use crate::load::target::{self, Session, Target};
+use crate::load::session::Session;
+use crate::load::target::{self, Target};
 use crate::load::trial::Trial;
+use crate::load::wiring::Wire;
 use crate::load::{faults, placement_name, seconds, times};
 use crate::report::Output;
 use crate::results::{Count, Distribution, Measurement, Neighbour, Saved};

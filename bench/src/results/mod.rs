@@ -4,17 +4,23 @@
 //! kind. A reader skips kinds and fields it does not know; fields are added, never renamed, and [`FORMAT`] grows when one
 //! has to go.
 
+mod distribution;
+mod rfc;
+mod scenarios;
+
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD as BASE64;
-use hdrhistogram::Histogram;
-use hdrhistogram::serialization::{Deserializer, Serializer, V2DeflateSerializer};
 use serde::{Deserialize, Serialize};
 
 use crate::host::Host;
 use crate::sentinel::Placement;
+
+pub(crate) use distribution::{Distribution, Serialized};
+pub(crate) use rfc::{
+    AddressStep, Addresses, BackToBack, HeadOfLine, Latency, LossCurve, Recovery, Search, Step,
+};
+pub(crate) use scenarios::{Attach, Chain, Footprint, IdlePorts, Neighbour, Outage};
 
 /// The version of the format.
 pub(crate) const FORMAT: u32 = 1;
@@ -184,251 +190,6 @@ pub(crate) struct Load {
     /// Why it ended early.
     pub(crate) partial: Option<String>,
     pub(crate) latencies: Vec<Distribution>,
-}
-
-/// A distribution of times.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Distribution {
-    /// `port 0 → 1`, `all`.
-    pub(crate) name: String,
-    pub(crate) count: u64,
-    /// Nanoseconds.
-    pub(crate) min: f64,
-    pub(crate) mean: f64,
-    pub(crate) stdev: f64,
-    pub(crate) p50: f64,
-    pub(crate) p90: f64,
-    pub(crate) p99: f64,
-    pub(crate) p999: f64,
-    pub(crate) p9999: f64,
-    pub(crate) max: f64,
-    /// The cumulative distribution: nanoseconds, and the share of all that took no longer.
-    pub(crate) cdf: Vec<[f64; 2]>,
-    /// All of it.
-    #[serde(default)]
-    pub(crate) histogram: Option<Serialized>,
-}
-
-/// A whole histogram, as the HdrHistogram libraries of all languages read it.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Serialized {
-    /// Nanoseconds per unit of its values.
-    pub(crate) ns_per_unit: f64,
-    /// HdrHistogram's V2 encoding, deflated, in base64.
-    pub(crate) v2_deflate: String,
-}
-
-impl Serialized {
-    /// Packs a histogram.
-    pub(crate) fn new(histogram: &Histogram<u64>, ns_per_unit: f64) -> Option<Self> {
-        let mut bytes = Vec::new();
-        V2DeflateSerializer::new()
-            .serialize(histogram, &mut bytes)
-            .ok()?;
-        Some(Self {
-            ns_per_unit,
-            v2_deflate: BASE64.encode(bytes),
-        })
-    }
-
-    /// Unpacks it; none if it is damaged.
-    pub(crate) fn histogram(&self) -> Option<Histogram<u64>> {
-        let bytes = BASE64.decode(&self.v2_deflate).ok()?;
-        Deserializer::new().deserialize(&mut bytes.as_slice()).ok()
-    }
-}
-
-/// How long frames took at one rate.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Latency {
-    pub(crate) peer: String,
-    pub(crate) work: Work,
-    /// Per cent of the rate found by the search before; none with one frame in flight.
-    pub(crate) percent: Option<f64>,
-    /// Million frames per second offered in all; none with one frame in flight.
-    pub(crate) offered_mpps: Option<f64>,
-    pub(crate) count: Count,
-    pub(crate) placement: Option<Placement>,
-    /// All directions first, then each.
-    pub(crate) latencies: Vec<Distribution>,
-    /// Why it ended early.
-    #[serde(default)]
-    pub(crate) partial: Option<String>,
-}
-
-/// One offered rate, and what came of it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Step {
-    /// Million frames per second.
-    pub(crate) offered_mpps: f64,
-    pub(crate) received_mpps: f64,
-    /// Share of the offered frames that was not received.
-    pub(crate) loss: f64,
-    /// Of the loss: frames that the switch did not take from the ring in time.
-    pub(crate) refused: f64,
-    pub(crate) passed: bool,
-    pub(crate) placement: Option<Placement>,
-}
-
-/// A search for the highest rate.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Search {
-    pub(crate) peer: String,
-    pub(crate) work: Work,
-    /// The share of frames that may be lost.
-    pub(crate) threshold: f64,
-    /// Seconds per step.
-    pub(crate) seconds: f64,
-    pub(crate) steps: Vec<Step>,
-    /// The highest rate that passed; none if none did.
-    pub(crate) found_mpps: Option<f64>,
-    /// Why it ended early.
-    pub(crate) partial: Option<String>,
-}
-
-/// Loss over offered rate.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct LossCurve {
-    pub(crate) peer: String,
-    pub(crate) work: Work,
-    pub(crate) steps: Vec<Step>,
-    pub(crate) partial: Option<String>,
-}
-
-/// The longest burst without loss.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct BackToBack {
-    pub(crate) peer: String,
-    pub(crate) work: Work,
-    /// The longest burst of each repetition.
-    pub(crate) frames: Vec<u64>,
-    /// The longest burst that was tried: the switch may take more.
-    pub(crate) limit: u64,
-}
-
-/// How long overload is felt.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Recovery {
-    pub(crate) peer: String,
-    pub(crate) work: Work,
-    /// Share of the frames lost at 110 % of the throughput.
-    pub(crate) overload_loss: f64,
-    /// Milliseconds after it until the last loss at 50 %; 0: none.
-    pub(crate) last_loss_ms: f64,
-}
-
-/// How many stations a switch keeps, or how fast it learns them.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Addresses {
-    pub(crate) peer: String,
-    /// `caching capacity (RFC 2889 §5.7)` or `learning rate (RFC 2889 §5.8)`.
-    pub(crate) test: String,
-    /// Stations announced, stations per second they were announced at, frames to them that were flooded.
-    pub(crate) steps: Vec<AddressStep>,
-    /// The most stations without flooding, or the highest rate.
-    pub(crate) found: Option<f64>,
-}
-
-/// One number of stations, or one rate.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct AddressStep {
-    pub(crate) stations: u64,
-    pub(crate) rate: f64,
-    pub(crate) flooded: u64,
-    pub(crate) lost: u64,
-}
-
-/// A port that gets more than it can take, and a stream to another port from the same sender.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct HeadOfLine {
-    pub(crate) peer: String,
-    pub(crate) work: Work,
-    /// The stream to the free port: what was offered and lost with the other port congested.
-    pub(crate) free: Count,
-    pub(crate) congested: Count,
-    /// True if frames to the free port were held back or lost.
-    pub(crate) blocked: bool,
-}
-
-/// Frames through a chain of containers.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Chain {
-    pub(crate) peer: String,
-    pub(crate) work: Work,
-    /// Containers between the first and the last.
-    pub(crate) length: u32,
-    /// Million frames per second through the whole chain.
-    pub(crate) mpps: f64,
-    /// One frame in flight.
-    pub(crate) latency: Distribution,
-    /// Mean difference between the latencies of consecutive frames, nanoseconds (RFC 3393 in spirit).
-    pub(crate) jitter_ns: f64,
-    pub(crate) count: Count,
-    pub(crate) placement: Option<Placement>,
-}
-
-/// Two busy ports among silent ones.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct IdlePorts {
-    pub(crate) peer: String,
-    pub(crate) work: Work,
-    /// Connected and silent ports besides the two.
-    pub(crate) idle: u32,
-    pub(crate) mpps: f64,
-    pub(crate) switch_cycles: Option<f64>,
-    pub(crate) placement: Option<Placement>,
-}
-
-/// What others lose by one container's behaviour.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Neighbour {
-    pub(crate) peer: String,
-    pub(crate) work: Work,
-    /// What the container does: `floods`, `never refills its ring`, …
-    pub(crate) behaviour: String,
-    /// The innocent pair alone, and beside the neighbour.
-    pub(crate) alone: Count,
-    pub(crate) beside: Count,
-    pub(crate) alone_latency: Distribution,
-    pub(crate) beside_latency: Distribution,
-}
-
-/// From connecting a container to its first frame.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Attach {
-    pub(crate) peer: String,
-    /// Containers that attached one after the other.
-    pub(crate) ports: u32,
-    /// Of each: the socket connected to the first frame received.
-    pub(crate) first_frame: Distribution,
-    /// All of them, milliseconds.
-    pub(crate) total_ms: f64,
-    pub(crate) failed: u32,
-}
-
-/// The switch is killed and started again.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Outage {
-    pub(crate) peer: String,
-    /// `killed and started again`.
-    pub(crate) event: String,
-    /// Of each port: milliseconds without frames; none if it never came back.
-    pub(crate) gaps_ms: Vec<Option<f64>>,
-    /// How the containers came back: `by themselves (they listen)`, …
-    pub(crate) reconnect: String,
-}
-
-/// A switch with nothing to do.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Footprint {
-    pub(crate) peer: String,
-    pub(crate) ports: u32,
-    /// Resident memory, and hugepages, MiB.
-    pub(crate) resident_mib: f64,
-    pub(crate) hugepages_mib: f64,
-    /// CPUs' worth of time: 1.0 is one CPU all the time.
-    pub(crate) cpu: f64,
-    pub(crate) threads: u32,
 }
 
 impl Saved {
