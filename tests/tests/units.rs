@@ -1,13 +1,15 @@
-//! The systemd unit under a real systemd, which is process 1 of namespaces of its own: it starts, serves two guests, and gives up what it
-//! should. Needs root for the namespaces; nothing of the host's own systemd is touched.
+//! The systemd units under a real systemd, which is process 1 of namespaces of its own: each starts, serves two guests, and gives up what
+//! it should. Needs root for the namespaces; nothing of the host's own systemd is touched.
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use ringway::guest::{Guest, Options};
-use testkit::process::{Launch, run, wait_until};
+use testkit::process::{Launch, Process, run, wait_until};
 use testkit::require;
 use testkit::ringway::binary;
 use testkit::skip::{Missing, file, record, root, tool};
@@ -15,10 +17,13 @@ use testkit::topology::frame;
 
 /// A busy machine boots slowly.
 const BOOT: Duration = Duration::from_secs(40);
+/// One boot at a time: what control groups it leaves is seen by comparison.
+static ALONE: Mutex<()> = Mutex::new(());
 
-/// Arguments: the program, the unit. The units that there are give way to the few that this boot needs, `/run` is fresh, and the unit's
-/// user is one that every Debian has.
-const SCRIPT: &str = r#"
+/// Arguments: the program, the unit, and [`SYSTEM`] or [`USER`], which puts the unit in its place and says how `systemctl` reaches its
+/// manager. The units that there are give way to the few that this boot needs, `/run` is fresh, and
+/// the user is one that every Debian has.
+const BOOT_SCRIPT: &str = r#"
 set -e
 mount --make-rprivate /
 mount -t tmpfs tmpfs /run
@@ -27,20 +32,13 @@ for unit in basic sysinit shutdown umount final multi-user sockets timers paths 
   cp /usr/lib/systemd/system/$unit.target /run/units/
 done
 cp "$1" /run/program
-sed "s|/usr/bin/ringway|/run/program|; s|^User=.*|User=daemon|; s|^Group=.*|Group=daemon|; s|/etc/ringway/|/run/|" "$2" >/run/units/ringway.service
-cat >/run/ringway.toml <<'END'
-workers = 1
-idle = "adaptive"
-[[port]]
-name = "blue"
-type = "vhost-user"
-socket = "/run/ringway/blue.sock"
-[[port]]
-name = "red"
-type = "vhost-user"
-socket = "/run/ringway/red.sock"
-END
-chmod 644 /run/ringway.toml
+config() {
+  printf 'workers = 1\nidle = "adaptive"\n'
+  for port in blue red; do
+    printf '[[port]]\nname = "%s"\ntype = "vhost-user"\nsocket = "%s/%s.sock"\n' $port $1 $port
+  done
+}
+eval "$3"
 mount --bind /run/units /usr/lib/systemd/system
 for dir in /etc/systemd/system /usr/local/lib/systemd/system; do
   if [ -d $dir ]; then mount -t tmpfs tmpfs $dir; fi
@@ -48,13 +46,51 @@ done
 (
   set +e
   while [ ! -S /run/systemd/private ]; do sleep 0.1; done
-  systemctl start ringway; echo $? >/run/started
-  systemctl status ringway --no-pager >/run/status 2>&1
+  reach
+  ctl start ringway; echo $? >/run/started
+  ctl status ringway --no-pager >/run/status 2>&1
   while [ ! -e /run/stop ]; do sleep 0.1; done
-  systemctl stop ringway; echo $? >/run/stopped
+  ctl stop ringway; echo $? >/run/stopped
 ) &
 export container=ringway-test
 exec /usr/lib/systemd/systemd --system --unit=multi-user.target --show-status=no
+"#;
+
+/// `ringway.service`.
+const SYSTEM: &str = r#"
+sed "s|/usr/bin/ringway|/run/program|; s|^User=.*|User=daemon|; s|^Group=.*|Group=daemon|; s|/etc/ringway/|/run/|" "$2" >/run/units/ringway.service
+config /run/ringway >/run/ringway.toml
+chmod 644 /run/ringway.toml
+reach() { :; }
+ctl() { systemctl "$@"; }
+"#;
+
+/// `ringway-user.service`, where its first lines say it goes, under the manager of an ordinary user. That manager is started as systemd
+/// does it, but for PAM and logind, which would want the host's.
+const USER: &str = r#"
+home=/run/home uid=$(id -u daemon)
+mkdir -p /run/user/$uid $home/.config/systemd/user $home/.config/ringway /run/user-units
+sed "s|/usr/bin/ringway|/run/program|" "$2" >$home/.config/systemd/user/ringway.service
+config /run/user/$uid/ringway >$home/.config/ringway/ringway.toml
+chown -R daemon /run/user/$uid $home
+chmod 700 /run/user/$uid
+for unit in basic default exit shutdown sockets timers paths; do cp /usr/lib/systemd/user/$unit.target /run/user-units/; done
+cp /usr/lib/systemd/user/systemd-exit.service /usr/lib/systemd/user/*.slice /run/user-units/
+mount --bind /run/user-units /usr/lib/systemd/user
+if [ -d /etc/systemd/user ]; then mount -t tmpfs tmpfs /etc/systemd/user; fi
+cat >/run/units/user@.service <<UNIT
+[Service]
+User=%i
+Type=notify
+ExecStart=/usr/lib/systemd/systemd --user
+Environment=XDG_RUNTIME_DIR=/run/user/%i HOME=$home
+Delegate=yes
+KillMode=mixed
+UNIT
+reach() { systemctl start user@$uid; }
+ctl() {
+  setpriv --reuid=$uid --regid=$uid --clear-groups env XDG_RUNTIME_DIR=/run/user/$uid HOME=$home systemctl --user "$@"
+}
 "#;
 
 /// Control groups that a systemd which was ended by force leaves behind.
@@ -98,10 +134,10 @@ fn inside(unshare: u32) -> Option<PathBuf> {
     Some(Path::new("/proc").join(first).join("root"))
 }
 
-fn talk(run: &Path) -> Result<()> {
+fn talk(dir: &Path) -> Result<()> {
     let mut guests = Vec::new();
     for port in ["blue", "red"] {
-        let mut guest = Guest::new(Options::new(run.join(format!("ringway/{port}.sock"))))?;
+        let mut guest = Guest::new(Options::new(dir.join(format!("{port}.sock"))))?;
         let queues = guest.attach().with_context(|| port.to_owned())?.remove(0);
         guests.push((guest, queues));
     }
@@ -123,15 +159,9 @@ fn talk(run: &Path) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn the_unit_starts_serves_guests_and_gives_up_what_it_should_under_a_real_systemd() -> Result<()> {
-    require!(
-        root(),
-        file("/usr/lib/systemd/systemd", "systemd"),
-        tool("unshare", "util-linux")
-    );
-    let _groups = Groups(Groups::now());
-    let unit = std::path::absolute("../configs/ringway.service")?;
+/// Boots, and lets the unit be started.
+fn boot(unit: &str, place: &str) -> Result<Option<Process>> {
+    let unit = std::path::absolute(Path::new("../configs").join(unit))?;
     let unshare = [
         "unshare",
         "--mount",
@@ -143,15 +173,17 @@ fn the_unit_starts_serves_guests_and_gives_up_what_it_should_under_a_real_system
         "--kill-child",
         "sh",
         "-c",
-        SCRIPT,
+        BOOT_SCRIPT,
         "sh",
     ];
-    let command = unshare.iter().map(std::ffi::OsString::from);
-    let command = command.chain([binary()?.into_os_string(), unit.into_os_string()]);
-    let mut boot = Launch::new("systemd", command).start()?;
-    let at = |name: &str| inside(boot.pid()).map(|root| root.join("run").join(name));
-    let says = |name: &str| at(name).and_then(|path| std::fs::read_to_string(path).ok());
-    if wait_until("the unit has started", BOOT, || says("started").is_some()).is_err() {
+    let command = unshare.iter().map(OsString::from);
+    let command = command.chain([binary()?.into(), unit.into(), place.into()]);
+    let boot = Launch::new("systemd", command).start()?;
+    if wait_until("the unit has started", BOOT, || {
+        says(&boot, "started").is_some()
+    })
+    .is_err()
+    {
         record(&Missing::unobtainable(
             format!(
                 "systemd does not boot in namespaces here: {}",
@@ -159,13 +191,26 @@ fn the_unit_starts_serves_guests_and_gives_up_what_it_should_under_a_real_system
             ),
             "run the test where control groups can be written to",
         ));
-        return Ok(());
+        return Ok(None);
     }
-    let (started, status) = (says("started").unwrap_or_default(), says("status"));
+    let (started, status) = (
+        says(&boot, "started").unwrap_or_default(),
+        says(&boot, "status"),
+    );
     ensure!(started.trim() == "0", "the unit does not start: {status:?}");
-    let run_dir = at("").context("systemd has gone")?;
-    talk(&run_dir)?;
-    let (program, api) = (binary()?, run_dir.join("ringway/api.sock"));
+    Ok(Some(boot))
+}
+
+/// A file in the fresh `/run`.
+fn says(boot: &Process, name: &str) -> Option<String> {
+    std::fs::read_to_string(inside(boot.pid())?.join("run").join(name)).ok()
+}
+
+/// A unit that has started serves guests from `dir` below `/run`, says how it is guarded, and stops when told.
+fn serves_and_stops(mut boot: Process, dir: &str) -> Result<String> {
+    let run_dir = inside(boot.pid()).context("systemd has gone")?.join("run");
+    talk(&run_dir.join(dir))?;
+    let (program, api) = (binary()?, run_dir.join(dir).join("api.sock"));
     let fixed = [program.as_os_str(), "--api".as_ref(), api.as_os_str()];
     let ask = fixed
         .into_iter()
@@ -180,11 +225,48 @@ fn the_unit_starts_serves_guests_and_gives_up_what_it_should_under_a_real_system
     }
     ensure!(found.contains("no capability"), "{found}");
     std::fs::write(run_dir.join("stop"), "")?;
-    wait_until("the unit has stopped", BOOT, || says("stopped").is_some())?;
+    wait_until("the unit has stopped", BOOT, || {
+        says(&boot, "stopped").is_some()
+    })?;
     ensure!(
-        says("stopped").unwrap_or_default().trim() == "0",
+        says(&boot, "stopped").unwrap_or_default().trim() == "0",
         "it does not stop"
     );
     boot.kill();
+    Ok(found)
+}
+
+#[test]
+fn the_unit_starts_serves_guests_and_gives_up_what_it_should_under_a_real_systemd() -> Result<()> {
+    require!(
+        root(),
+        file("/usr/lib/systemd/systemd", "systemd"),
+        tool("unshare", "util-linux")
+    );
+    let _alone = ALONE.lock();
+    let _groups = Groups(Groups::now());
+    match boot("ringway.service", SYSTEM)? {
+        Some(boot) => serves_and_stops(boot, "ringway").map(drop),
+        None => Ok(()),
+    }
+}
+
+#[test]
+fn the_rootless_unit_does_the_same_under_the_manager_of_an_ordinary_user() -> Result<()> {
+    require!(
+        root(),
+        file("/usr/lib/systemd/systemd", "systemd"),
+        tool("unshare", "util-linux"),
+        tool("setpriv", "util-linux")
+    );
+    let _alone = ALONE.lock();
+    let _groups = Groups(Groups::now());
+    let Some(boot) = boot("ringway-user.service", USER)? else {
+        return Ok(());
+    };
+    let uid = run(["id", "-u", "daemon"], BOOT)?.trim().to_owned();
+    let found = serves_and_stops(boot, &format!("user/{uid}/ringway"))?;
+    let user = format!("{uid}, no capability");
+    ensure!(found.contains(&user), "{user} is not in {found}");
     Ok(())
 }
