@@ -17,6 +17,7 @@ mod hostile {
     mod lifecycle;
     mod memory;
     mod quiet;
+    mod restart;
     mod rig;
     mod rings;
     mod soak;

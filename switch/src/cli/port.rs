@@ -183,6 +183,12 @@ fn show(port: &PortStatus) -> String {
     if let Some(reason) = &port.reason {
         lines.insert(2, ("reason", reason.clone()));
     }
+    if let Some(last) = &port.put_out.last {
+        lines.push((
+            "put out",
+            format!("{}, the last: {last}", port.put_out.guests),
+        ));
+    }
     if let Some(peer) = &port.peer {
         lines.push((
             "peer",
@@ -306,7 +312,7 @@ fn drops(counters: &Counters) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::state::{PortState, RefusedAddress};
+    use crate::control::state::{PortState, PutOut, RefusedAddress};
     use crate::dataplane::eth::Mac;
 
     #[test]
@@ -330,6 +336,10 @@ mod tests {
             reason: Some("nobody listens: start the container".into()),
             since_seconds: 61,
             connects: 0,
+            put_out: PutOut {
+                guests: 3,
+                last: Some("descriptor for the wrong direction".into()),
+            },
             peer: None,
             features: vec![],
             protocol_features: vec![],
@@ -348,6 +358,7 @@ mod tests {
             "(guest listens)",
             "port_down",
             "4,321",
+            "3, the last: descriptor for the wrong direction",
         ] {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }

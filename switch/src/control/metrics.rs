@@ -20,7 +20,7 @@ pub fn encode(stats: StatsReport, ports: &[PortStatus]) -> String {
     let mut registry = Registry::with_prefix("ringway");
     let states = ports
         .iter()
-        .map(|port| (port.spec.name.clone(), port.state));
+        .map(|port| (port.spec.name.clone(), (port.state, port.put_out.guests)));
     let uplinks = ports
         .iter()
         .filter_map(|port| Some((port.spec.name.clone(), port.uplink.clone()?)));
@@ -38,7 +38,8 @@ pub fn encode(stats: StatsReport, ports: &[PortStatus]) -> String {
 #[derive(Debug)]
 struct Moment {
     stats: StatsReport,
-    states: BTreeMap<String, PortState>,
+    /// State, and guests put out.
+    states: BTreeMap<String, (PortState, u64)>,
     uplinks: BTreeMap<String, UplinkStatus>,
 }
 
@@ -133,6 +134,14 @@ const WORKER_COUNTERS: [WorkerCounter; 5] = [
 impl Collector for Moment {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         self.ports(&mut encoder)?;
+        let states = self.states.iter();
+        family(
+            &mut encoder,
+            "port_put_out_guests",
+            "Guests that broke the rules and were put out",
+            Kind::Counter,
+            states.map(|(port, (_, guests))| (vec![("port", port.as_str())], *guests)),
+        )?;
         for (name, help, kind, read) in UPLINKS {
             let uplinks = self.uplinks.iter();
             let values =
@@ -172,7 +181,7 @@ impl Moment {
         let states: Vec<_> = self
             .states
             .iter()
-            .map(|(port, state)| (port, state.to_string()))
+            .map(|(port, (state, _))| (port, state.to_string()))
             .collect();
         let states = states
             .iter()
@@ -271,7 +280,7 @@ fn family<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::state::PortSpec;
+    use crate::control::state::{PortSpec, PutOut};
 
     #[test]
     fn names_every_port_reason_state_and_worker() {
@@ -294,6 +303,10 @@ mod tests {
             reason: None,
             since_seconds: 1,
             connects: 1,
+            put_out: PutOut {
+                guests: 2,
+                ..PutOut::default()
+            },
             peer: None,
             features: vec![],
             protocol_features: vec![],
@@ -308,6 +321,7 @@ mod tests {
             "ringway_port_received_frames_total{port=\"blue\"} 7",
             "ringway_port_dropped_frames_total{port=\"blue\",reason=\"tx_full\"} 3",
             "ringway_port_state{port=\"blue\",state=\"forwarding\"} 1",
+            "ringway_port_put_out_guests_total{port=\"blue\"} 2",
             "ringway_fdb_stations 5",
             "ringway_uplink_address_refusals_total{port=\"blue\"} 9",
             "ringway_uplink_addresses_registered{port=\"blue\"} 4",

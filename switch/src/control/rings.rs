@@ -150,6 +150,10 @@ impl Switch {
                 self.shared.fdb.flush(Flush::Port(id));
             }
         }
+        if report.state == PortState::Quarantined {
+            port.put_out.guests += 1;
+            port.put_out.last.clone_from(&report.reason);
+        }
         port.report = report;
     }
 }

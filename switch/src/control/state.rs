@@ -102,6 +102,9 @@ pub struct PortStatus {
     pub since_seconds: u64,
     /// How often a guest has connected.
     pub connects: u64,
+    /// Guests that broke the rules.
+    #[serde(default)]
+    pub put_out: PutOut,
     /// Who connected, where the kernel says.
     pub peer: Option<Peer>,
     /// Virtio features negotiated, by name.
@@ -117,6 +120,15 @@ pub struct PortStatus {
     /// How it stands with the PF, for an uplink.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uplink: Option<UplinkStatus>,
+}
+
+/// Guests that a port has put out. The next one may be there at once, so this is told besides the port's state.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PutOut {
+    /// How many.
+    pub guests: u64,
+    /// Why the last one.
+    pub last: Option<String>,
 }
 
 /// The process at the other end of a socket.

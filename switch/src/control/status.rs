@@ -60,6 +60,7 @@ impl Switch {
             reason: port.report.reason.clone(),
             since_seconds: port.since.elapsed().as_secs(),
             connects: port.connects,
+            put_out: port.put_out.clone(),
             peer: port.report.peer,
             features: port.report.features.clone(),
             protocol_features: port.report.protocol_features.clone(),

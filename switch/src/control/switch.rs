@@ -22,7 +22,7 @@ use super::rings::{Claim, Handle, WayOut};
 use super::sandbox;
 use super::session::Session;
 use super::spec::check_beside;
-use super::state::{self, Counters, PortSpec};
+use super::state::{self, Counters, PortSpec, PutOut};
 use super::status::{received, sent};
 use crate::dataplane::clock::tsc;
 use crate::dataplane::counters::{QueueCounters, WorkerCounters};
@@ -90,6 +90,7 @@ pub(super) struct Port {
     pub(super) report: SessionReport,
     pub(super) since: Instant,
     pub(super) connects: u64,
+    pub(super) put_out: PutOut,
     pub(super) poison: Option<Arc<Poison>>,
     pub(super) session: Option<Arc<Session>>,
     /// Its limits, if it has any.
@@ -467,6 +468,7 @@ impl State {
             report: SessionReport::default(),
             since: Instant::now(),
             connects: 0,
+            put_out: PutOut::default(),
             poison: None,
             session: None,
             guard: guard(spec),

@@ -309,9 +309,11 @@ impl Device {
                     let queue = FromGuest::new(ring, call, state.kick.take(), self.frame_max);
                     rings.from_guest.push((pair, queue));
                 }
-                Way::ToGuest => rings
-                    .to_guest
-                    .push((pair, ToGuest::new(ring, call, mergeable))),
+                Way::ToGuest => {
+                    let mut queue = ToGuest::new(ring, call, mergeable);
+                    queue.look();
+                    rings.to_guest.push((pair, queue));
+                }
             }
         }
         rings

@@ -10,7 +10,7 @@ use ringway::control::serve::{Api, ApiSettings};
 use ringway::control::spec::check_beside;
 use ringway::control::state::{
     Applied, Counters, FdbAdd, FdbEntry, FdbFilter, FdbKind, FdbPage, FdbUse, PortSpec, PortState,
-    PortStatus, QueueMove, StatsReport, WorkerStatus,
+    PortStatus, PutOut, QueueMove, StatsReport, WorkerStatus,
 };
 use ringway::dataplane::eth::Mac;
 
@@ -61,6 +61,7 @@ fn status(spec: &PortSpec) -> PortStatus {
         reason: Some("no guest has connected yet: start the container".to_owned()),
         since_seconds: 1,
         connects: 0,
+        put_out: PutOut::default(),
         peer: None,
         features: vec!["VERSION_1".to_owned()],
         protocol_features: vec![],

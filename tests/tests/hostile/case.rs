@@ -117,7 +117,7 @@ impl Case {
 }
 
 /// A number from the environment.
-fn number(name: &str) -> Option<u64> {
+pub(super) fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 

@@ -374,7 +374,7 @@ pub(super) fn h51_h52_headers_in_pieces_are_read_rightly_and_chains_of_headers_a
 }
 
 /// Gives every buffer of a receive ring another length and other flags.
-fn reshape(rx: &Rx, len: u32, packed: bool, writable: bool) {
+pub(super) fn reshape(rx: &Rx, len: u32, packed: bool, writable: bool) {
     let raw = rx.raw();
     for slot in 0..256 {
         let (addr, _, third, fourth) = raw.desc(slot);

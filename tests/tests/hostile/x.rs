@@ -22,7 +22,28 @@ pub(super) struct X<'r> {
     pub(super) port: String,
     pub(super) seed: u64,
     bridge: String,
-    state: u64,
+    dice: Dice,
+}
+
+/// Numbers that a seed decides (SplitMix64).
+pub(super) struct Dice(u64);
+
+impl Dice {
+    pub(super) fn new(seed: u64) -> Dice {
+        Dice(seed)
+    }
+
+    pub(super) fn any(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    pub(super) fn below(&mut self, limit: u64) -> u64 {
+        self.any() % limit
+    }
 }
 
 /// An attacker that has attached.
@@ -38,7 +59,7 @@ impl<'r> X<'r> {
             port,
             seed,
             bridge: bridge.to_owned(),
-            state: seed,
+            dice: Dice::new(seed),
         }
     }
 
@@ -66,17 +87,13 @@ impl<'r> X<'r> {
         station(0x20_0000 + number)
     }
 
-    /// The next of its dice (SplitMix64).
+    /// The next of its dice.
     pub(super) fn any(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut x = self.state;
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
+        self.dice.any()
     }
 
     pub(super) fn below(&mut self, limit: u64) -> u64 {
-        self.any() % limit
+        self.dice.below(limit)
     }
 
     /// One of several.
