@@ -1,5 +1,6 @@
 //! The rig itself: every real peer works against another one before Ringway is measured with it.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -42,6 +43,26 @@ fn exchange(client: &mut Testpmd) -> Result<()> {
     Ok(())
 }
 
+/// A client in ordinary memory exchanges frames through a backend; `confine` says who it is, given the sockets' folder.
+fn without_hugepages(confine: impl FnOnce(&mut Config, &Path)) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let sockets = [dir.path().join("a"), dir.path().join("b")];
+    let backend = Config::vhost_io([&sockets[0], &sockets[1]], 1).start()?;
+    testkit::open_to_all(dir.path())?;
+    let mut client = Config {
+        memory: Memory::NoHuge(256),
+        ..Config::pair([
+            VirtioUser::new(&sockets[0], 1),
+            VirtioUser::new(&sockets[1], 2),
+        ])
+    };
+    confine(&mut client, dir.path());
+    let mut client = client.start()?;
+    exchange(&mut client)?;
+    client.quit()?;
+    backend.quit()
+}
+
 #[test]
 #[ignore = "real peer: run by tests/run"]
 fn testpmd_exchanges_frames_with_testpmd_over_hugepages() -> Result<()> {
@@ -66,23 +87,7 @@ fn testpmd_exchanges_frames_with_testpmd_over_hugepages() -> Result<()> {
 #[ignore = "real peer: run by tests/run"]
 fn testpmd_exchanges_frames_unprivileged_and_without_hugepages() -> Result<()> {
     require!(tool("dpdk-testpmd", "dpdk-dev"), root(), hugepages(128));
-    let dir = tempfile::tempdir()?;
-    let sockets = [dir.path().join("a"), dir.path().join("b")];
-    let backend = Config::vhost_io([&sockets[0], &sockets[1]], 1).start()?;
-    testkit::open_to_all(dir.path())?;
-    let ports = [
-        VirtioUser::new(&sockets[0], 1),
-        VirtioUser::new(&sockets[1], 2),
-    ];
-    let mut client = Config {
-        memory: Memory::NoHuge(256),
-        uid: Some(65534),
-        ..Config::pair(ports)
-    }
-    .start()?;
-    exchange(&mut client)?;
-    client.quit()?;
-    backend.quit()
+    without_hugepages(|client, _| client.uid = Some(65534))
 }
 
 #[test]
@@ -154,22 +159,7 @@ fn testpmd_exchanges_frames_from_within_a_container_without_rights() -> Result<(
         hugepages(128)
     );
     let docker = Docker::start()?;
-    let dir = tempfile::tempdir()?;
-    let sockets = [dir.path().join("a"), dir.path().join("b")];
-    let backend = Config::vhost_io([&sockets[0], &sockets[1]], 1).start()?;
-    testkit::open_to_all(dir.path())?;
-    let ports = [
-        VirtioUser::new(&sockets[0], 1),
-        VirtioUser::new(&sockets[1], 2),
-    ];
-    let inside = docker.run_line("client", dir.path(), docker::TESTPMD);
-    let mut client = Config {
-        memory: Memory::NoHuge(256),
-        inside,
-        ..Config::pair(ports)
-    }
-    .start()?;
-    exchange(&mut client)?;
-    client.quit()?;
-    backend.quit()
+    without_hugepages(|client, folder| {
+        client.inside = docker.run_line("client", folder, docker::TESTPMD);
+    })
 }

@@ -5,6 +5,7 @@
 
 mod bring_up;
 mod granted;
+mod options;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -24,6 +25,8 @@ use crate::stats::{Counters, Statistics};
 use crate::transport::Transport;
 use crate::tx::TxQueue;
 
+pub use options::Options;
+
 /// VFs that have this register map: 82599, the same under Hyper-V, X540, X550, X550EM.
 const DEVICES: [u16; 6] = [0x10ED, 0x152E, 0x1515, 0x1565, 0x15A8, 0x15C5];
 /// FCS, which the PF counts and this crate does not.
@@ -38,36 +41,6 @@ pub const TAG: u32 = 4;
 const ADDRESSES_MAX: usize = 255;
 /// The vector of the mailbox; queues share 0 and 1.
 const MAILBOX_VECTOR: u32 = 2;
-
-/// How a VF is set up.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Options {
-    /// Queue pairs wanted: 1, 2 or 4; the PF may grant fewer.
-    pub queues: u32,
-    /// Receive descriptors per queue, a power of two from 128 to 4096.
-    pub rx_ring: u32,
-    /// Transmit descriptors per queue, a power of two from 128 to 4096.
-    pub tx_ring: u32,
-    /// Longest untagged frame without FCS, up to [`FRAME_JUMBO`].
-    pub max_frame: u32,
-    /// The VF's address; without it the PF's, or a random one.
-    pub mac: Option<Mac>,
-    /// VLAN tags are moved from received frames to [`crate::rx::RxFrame::vlan`].
-    pub strip_vlan: bool,
-}
-
-impl Default for Options {
-    fn default() -> Options {
-        Options {
-            queues: 1,
-            rx_ring: 512,
-            tx_ring: 512,
-            max_frame: FRAME_STANDARD,
-            mac: None,
-            strip_vlan: false,
-        }
-    }
-}
 
 /// A pair of queues.
 pub struct QueuePair {
@@ -119,7 +92,7 @@ impl Vf {
     /// Takes a device over: checks what it is, resets it, and agrees with its PF. It passes no frames yet.
     pub fn open(transport: Arc<dyn Transport>, options: &Options) -> Result<Vf> {
         let device = transport.name();
-        check(options).map_err(|what| Error::Setup {
+        options.check().map_err(|what| Error::Setup {
             device: device.clone(),
             what,
         })?;
@@ -357,31 +330,6 @@ impl Drop for Vf {
         {
             log::warn!("{}: interrupts stay on: {error}", self.transport.name());
         }
-    }
-}
-
-fn check(options: &Options) -> std::result::Result<(), String> {
-    if ![1, 2, 4].contains(&options.queues) {
-        return Err(format!("queues = {}: use 1, 2 or 4", options.queues));
-    }
-    for size in [options.rx_ring, options.tx_ring] {
-        if !size.is_power_of_two() || !(128..=4096).contains(&size) {
-            return Err(format!(
-                "a ring of {size}: use a power of two from 128 to 4096"
-            ));
-        }
-    }
-    if !(64..=FRAME_JUMBO).contains(&options.max_frame) {
-        return Err(format!(
-            "frames of {} bytes: use 64 to {FRAME_JUMBO}",
-            options.max_frame
-        ));
-    }
-    match options.mac {
-        Some(mac) if mac[0] & 1 != 0 || mac == [0; 6] => {
-            Err("its address must be a unicast address".into())
-        }
-        _ => Ok(()),
     }
 }
 
