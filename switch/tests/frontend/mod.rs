@@ -329,11 +329,13 @@ impl Memory {
         parts.iter().flat_map(|word| word.to_ne_bytes()).collect()
     }
 
-    /// What both sides believe the split ring's used index to be.
+    /// What both sides believe the split ring's used index to be, with nothing on its way.
     pub fn set_used_idx(&self, ring: u32, idx: u16) {
-        self.file
-            .write_all_at(&idx.to_le_bytes(), Memory::offset(ring) + 0x8002)
-            .unwrap();
+        for part in [0x4002, 0x8002] {
+            self.file
+                .write_all_at(&idx.to_le_bytes(), Memory::offset(ring) + part)
+                .unwrap();
+        }
     }
 }
 

@@ -102,7 +102,7 @@ fn has_an_answer_to_messages_in_any_order() {
         );
         attached += port.switch.attached().0;
         // The recorder panics at an attachment without a detachment, which would be the end of the session.
-        let mut honest = port.connect();
+        let (mut honest, memory) = (port.connect(), Memory::dpdk());
         dpdk_start(&mut honest, &memory, 2, DPDK_SPLIT);
         assert_eq!(port.switch.attached().1, 4, "case {case} of seed {seed}");
     }
