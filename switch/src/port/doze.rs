@@ -16,24 +16,27 @@ use crate::dataplane::worker::Doze;
 
 /// A worker's bed.
 pub struct Bed {
-    epoll: OwnedFd,
+    epoll: Arc<OwnedFd>,
     bell: Arc<Bell>,
 }
 
-/// Wakes the worker that sleeps in a [`Bed`].
-pub struct Bell(OwnedFd);
+/// Wakes the worker that sleeps in a [`Bed`]. Outlives it: a worker that ends closes nothing.
+pub struct Bell {
+    event: OwnedFd,
+    _epoll: Arc<OwnedFd>,
+}
 
 impl Bed {
     /// A bed, and the bell that wakes whoever sleeps in it.
     pub fn new() -> std::io::Result<(Bed, Arc<Bell>)> {
-        let bell = Arc::new(Bell(eventfd(
-            0,
-            EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK,
-        )?));
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?);
+        let bell = Arc::new(Bell {
+            event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            _epoll: epoll.clone(),
+        });
         epoll::add(
             &epoll,
-            &bell.0,
+            &bell.event,
             epoll::EventData::new_u64(1),
             epoll::EventFlags::IN,
         )?;
@@ -49,7 +52,7 @@ impl Bed {
 
 impl Wake for Bell {
     fn wake(&self) {
-        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
     }
 }
 
@@ -89,6 +92,6 @@ impl Doze for Bed {
         };
         let mut events = [nothing; 4];
         let _ = epoll::wait(&self.epoll, &mut events, Some(&timeout));
-        let _ = rustix::io::read(&self.bell.0, &mut [0u8; 8]);
+        let _ = rustix::io::read(&self.bell.event, &mut [0u8; 8]);
     }
 }

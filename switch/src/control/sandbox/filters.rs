@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use seccompiler::{BpfMap, BpfProgram, TargetArch, compile_from_json};
 
 use super::Mode;
-use super::kernel::install;
+use super::kernel::{install, keep_signals_away};
 
 /// The lists: `control`, `intruder` and `worker`.
 #[cfg(target_arch = "x86_64")]
@@ -28,8 +28,12 @@ pub(super) fn restrict_control(mode: Mode) -> Result<(), String> {
     Ok(())
 }
 
-/// Restricts a worker's thread, when it has done what it does once.
+/// Restricts a worker's thread, when it has done what it does once. What is left is for: frames (`io_submit`), sleep (`epoll_*`, `read`),
+/// answers (`futex`, `sched_yield`), memory that vanished (`ioctl`, `mmap`, `fstat`, `newfstatat`, `rt_sigreturn`), an uplink over
+/// vfio-user (`read`, `write`), small memory (`brk`), the thread's end (`exit`, `madvise`, `munmap`, `rt_sigprocmask`, `sigaltstack`), and
+/// a death that leaves a trace (`exit_group`, `rt_sigaction`, `getpid`, `gettid`, `tgkill`, `write`).
 pub fn restrict_worker() -> io::Result<()> {
+    keep_signals_away();
     WORKER.get().map_or(Ok(()), install)
 }
 

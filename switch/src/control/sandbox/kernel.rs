@@ -1,5 +1,5 @@
 //! What the sandbox needs of kernel and C library and no crate has.
-#![allow(unsafe_code)] // seccomp(2) with SPEC_ALLOW, the version of Landlock, mallopt(3)
+#![allow(unsafe_code)] // seccomp(2) with SPEC_ALLOW, the version of Landlock, mallopt(3), signal masks
 
 use std::io;
 
@@ -24,6 +24,28 @@ pub(super) fn one_heap() {
     #[cfg(target_env = "gnu")]
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+/// Leaves the signals that tell of nothing this thread did to other threads: no handler of theirs runs here.
+pub(super) fn keep_signals_away() {
+    // SAFETY: a sigset is plain data, filled before it is used; numbers are of signals that exist. What the set says of this
+    // thread's mask concerns no memory.
+    unsafe {
+        let mut away: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut away);
+        for own in [
+            libc::SIGBUS,
+            libc::SIGSEGV,
+            libc::SIGILL,
+            libc::SIGFPE,
+            libc::SIGTRAP,
+            libc::SIGSYS,
+            libc::SIGABRT,
+        ] {
+            libc::sigdelset(&raw mut away, own);
+        }
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const away, std::ptr::null_mut());
     }
 }
 
