@@ -76,6 +76,8 @@ pub(super) struct Device {
     lie: Option<String>,
     /// Something changed that a report tells.
     changed: bool,
+    /// Workers had to give rings back.
+    handed_over: bool,
 }
 
 impl Device {
@@ -102,6 +104,7 @@ impl Device {
             uncalled: None,
             lie: None,
             changed: true,
+            handed_over: false,
         }
     }
 
@@ -161,6 +164,11 @@ impl Device {
     /// True once after each change.
     pub(super) fn take_changed(&mut self) -> bool {
         std::mem::take(&mut self.changed)
+    }
+
+    /// True once after each time that workers had to give rings back.
+    pub(super) fn take_handed_over(&mut self) -> bool {
+        std::mem::take(&mut self.handed_over)
     }
 
     pub(super) fn report(&self, peer: Option<Peer>) -> SessionReport {
@@ -233,6 +241,7 @@ impl Device {
         if !std::mem::take(&mut self.live) {
             return;
         }
+        self.handed_over = true;
         let rings = self.handle.detach();
         for (pair, queue) in rings.from_guest {
             self.note_lie(pair, "transmit", queue.lie().map(|lie| lie.to_string()));

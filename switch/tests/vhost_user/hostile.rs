@@ -274,6 +274,43 @@ fn slows_a_flood_of_messages_down() {
 }
 
 #[test]
+fn has_no_more_messages_for_who_comes_again() {
+    let port = Port::server();
+    let start = Instant::now();
+    for _ in 0..4 {
+        let mut guest = port.connect();
+        for _ in 0..500 {
+            guest.ring(req::SET_VRING_NUM, 0, 256);
+        }
+        guest.sync();
+    }
+    assert!(
+        start.elapsed() > Duration::from_millis(800),
+        "1000 at once, 1000 a second: {:?}",
+        start.elapsed()
+    );
+}
+
+#[test]
+fn slows_a_guest_down_whose_rings_change_hands_too_often_and_keeps_it() {
+    let port = Port::server();
+    let (mut guest, memory) = (port.connect(), Memory::dpdk());
+    dpdk_start(&mut guest, &memory, 1, DPDK_SPLIT);
+    port.switch.wait_state(PortState::Forwarding);
+    let start = Instant::now();
+    for round in 0..180 {
+        guest.ring(req::SET_VRING_ENABLE, 0, round % 2);
+    }
+    guest.sync();
+    assert!(
+        start.elapsed() > Duration::from_millis(600),
+        "100 at once, 100 a second: {:?}",
+        start.elapsed()
+    );
+    port.switch.wait_state(PortState::Forwarding);
+}
+
+#[test]
 fn puts_a_guest_out_whose_memory_is_poisoned() {
     let port = Port::server();
     let (mut guest, memory) = (port.connect(), Memory::dpdk());

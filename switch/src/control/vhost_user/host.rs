@@ -30,8 +30,13 @@ const FORGIVEN: Duration = Duration::from_secs(60);
 /// pairs starts with some 300 messages.
 const MESSAGES: u32 = 1000;
 const CONNECTIONS: u32 = 1000;
-/// How long a guest may go on sending more than that. No honest one comes near.
+/// Messages per second and port that take rings from the workers and give them back: each costs everybody's worker some microseconds. A
+/// guest with 16 queue pairs starts with 32.
+const HANDOVERS: u32 = 100;
+/// How long a guest may go on sending more messages than that. No honest one comes near.
 const FLOOD_TIME: Duration = Duration::from_secs(5);
+/// How long a port that has no more messages to deal with waits.
+const SLOWED: Duration = Duration::from_millis(10);
 /// Between two looks at a listening process of the wrong user.
 const STRANGER_PAUSE: Duration = Duration::from_secs(1);
 /// Lines of log per second and port.
@@ -58,6 +63,8 @@ pub(super) struct Host {
     door: Door,
     options: MapOptions,
     connections: Bucket,
+    messages: Bucket,
+    handovers: Bucket,
     lines: Bucket,
     /// Lines that were not written since the last one.
     untold: u64,
@@ -83,6 +90,8 @@ impl Host {
             door,
             options: Device::map_options(spec),
             connections: Bucket::new(CONNECTIONS),
+            messages: Bucket::new(MESSAGES),
+            handovers: Bucket::new(HANDOVERS),
             lines: Bucket::new(LINES),
             untold: 0,
             reported: None,
@@ -233,7 +242,12 @@ impl Host {
             return Some(End::PutOut(why));
         }
         self.report(visit);
-        if !visit.messages.take() {
+        if !self.handovers.has() {
+            // Only slowed down: honest guests may have a reason for many.
+            self.shared.wait([], Instant::now() + SLOWED);
+            return None;
+        }
+        if !self.messages.take() {
             let now = Instant::now();
             let since = *visit.flooding.get_or_insert(now);
             if now.duration_since(since) >= FLOOD_TIME {
@@ -242,10 +256,14 @@ impl Host {
                     "more than {MESSAGES} messages a second for {seconds} s; the frontend is at fault"
                 )));
             }
-            self.shared.wait([], now + Duration::from_millis(10));
+            self.shared.wait([], now + SLOWED);
             return None;
         }
-        match visit.filter.listen() {
+        let heard = visit.filter.listen();
+        if visit.filter.device().take_handed_over() {
+            self.handovers.take();
+        }
+        match heard {
             Ok(Heard::Message) => None,
             Ok(Heard::Nothing) => {
                 visit.flooding = None; // it waits for us, not we for it
@@ -402,7 +420,6 @@ struct Visit {
     forwarded: bool,
     /// The reason last reported.
     reason: Option<String>,
-    messages: Bucket,
     /// Since when it has sent more than it may.
     flooding: Option<Instant>,
     /// Others who knock are not heard before.
@@ -421,7 +438,6 @@ impl Visit {
             told_of_memory: false,
             forwarded: false,
             reason: None,
-            messages: Bucket::new(MESSAGES),
             flooding: None,
             deaf_until: now,
         }
@@ -466,15 +482,19 @@ impl Bucket {
         }
     }
 
-    fn take(&mut self) -> bool {
+    fn has(&mut self) -> bool {
         let now = Instant::now();
         let more = now.duration_since(self.at).as_secs_f64() * f64::from(self.rate);
         self.at = now;
         self.left = (self.left + more).min(self.rate.into());
-        if self.left < 1.0 {
-            return false;
+        self.left >= 1.0
+    }
+
+    fn take(&mut self) -> bool {
+        let has = self.has();
+        if has {
+            self.left -= 1.0;
         }
-        self.left -= 1.0;
-        true
+        has
     }
 }
