@@ -40,8 +40,11 @@ impl Switch {
             bail!("the port is gone")
         };
         let mut slots = Vec::new();
-        for (pair, queue) in rings.from_guest {
+        for (pair, mut queue) in rings.from_guest {
             let poison = queue.poison().clone();
+            if let Some(alarm) = &self.alarm {
+                queue.set_alarm(alarm.clone());
+            }
             if let Some(slot) = port.slot(pair, Box::new(queue)) {
                 port.poison = Some(poison);
                 slots.push(slot);

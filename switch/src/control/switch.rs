@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::api::Refusal;
@@ -32,10 +33,11 @@ use crate::dataplane::mailbox::{self, Mailbox, QueueId};
 use crate::dataplane::port_set::{Domain, Exit, PORTS_MAX, PortId, Topology};
 use crate::dataplane::queue::TxQueue;
 use crate::dataplane::worker::{Idle, RxSlot, Shared, Worker};
+use crate::port::call::Call;
 use crate::port::doze::Bed;
 use crate::virtio::guest_mem::Poison;
 
-/// How often broken attachments are looked for, and the coarse clock is moved.
+/// How often broken attachments are looked for that no worker has told of, and the coarse clock is moved.
 const WATCH: Duration = Duration::from_millis(5);
 /// How long a worker that may sleep goes on polling after the last frame.
 const IDLE_AFTER: Duration = Duration::from_millis(1);
@@ -55,6 +57,8 @@ pub struct Switch {
     pub(super) fdb_capacity: u64,
     pub(super) started: (Instant, u64),
     pub(super) watch: Mutex<Option<JoinHandle<()>>>,
+    /// Ends the watch's pause: an attachment broke. None if this host has no means that cannot block.
+    pub(super) alarm: Option<Arc<Call>>,
 }
 
 pub(super) struct WorkerHandle {
@@ -147,6 +151,7 @@ impl Switch {
             fdb_capacity,
             started: (Instant::now(), tsc()),
             watch: Mutex::new(None),
+            alarm: alarm(),
         });
         *lock(&switch.watch) = Some(spawn_watch(&switch)?);
         for spec in ports {
@@ -560,7 +565,10 @@ fn spawn_worker(
     let thread = std::thread::Builder::new()
         .name(format!("worker-{cpu}"))
         .spawn(move || {
-            let here = cpu::pin(cpu).map_err(anyhow::Error::from).and_then(|()| {
+            let here = cpu::pin(cpu).map_err(anyhow::Error::from);
+            // On its processor, whose memory is near, and before it may ask for none.
+            let worker = Worker::new(number, worker.0, worker.1, slot, worker.2, Box::new(bed));
+            let here = here.and_then(|()| {
                 sandbox::restrict_worker().context("a worker cannot give up its system calls")
             });
             let ready = here.is_ok();
@@ -568,7 +576,7 @@ fn spawn_worker(
             if !ready {
                 return Vec::new();
             }
-            Worker::new(number, worker.0, worker.1, slot, worker.2, Box::new(bed)).run()
+            worker.run()
         })?;
     pinned.recv().context("a worker ended at once")??;
     Ok(WorkerHandle {
@@ -595,11 +603,28 @@ fn raise_open_files() {
     }
 }
 
+/// What workers call the watch with. Without AIO it finds out by itself.
+fn alarm() -> Option<Arc<Call>> {
+    let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+    Some(Arc::new(Call::new(event.ok()?).ok()?))
+}
+
+/// Until the alarm is raised, or for as long as the watch may sleep.
+fn pause(alarm: &Call) {
+    let mut polled = [PollFd::new(alarm, PollFlags::IN)];
+    let _ = poll(&mut polled, Timespec::try_from(WATCH).ok().as_ref());
+    let _ = rustix::io::read(alarm, &mut [0; 8]);
+}
+
 fn spawn_watch(switch: &Arc<Switch>) -> Result<JoinHandle<()>> {
     let switch = Arc::downgrade(switch);
+    let alarm = switch.upgrade().and_then(|switch| switch.alarm.clone());
     let watch = move || {
         while switch.upgrade().is_some_and(|switch| switch.look_after()) {
-            std::thread::sleep(WATCH);
+            match &alarm {
+                Some(alarm) => pause(alarm),
+                None => std::thread::sleep(WATCH),
+            }
         }
     };
     Ok(std::thread::Builder::new()

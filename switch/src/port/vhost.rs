@@ -74,6 +74,9 @@ pub struct FromGuest {
     side: Side,
     kick: Option<OwnedFd>,
     frame_max: u32,
+    /// Whom to tell that the attachment is broken, until it was done.
+    alarm: Option<Arc<Call>>,
+    told: bool,
 }
 
 impl FromGuest {
@@ -83,7 +86,22 @@ impl FromGuest {
             side: Side::new(ring, call),
             kick,
             frame_max,
+            alarm: None,
+            told: false,
         }
+    }
+
+    /// Tells somebody at once when the attachment breaks: else control finds out when it looks.
+    pub fn set_alarm(&mut self, alarm: Arc<Call>) {
+        self.alarm = Some(alarm);
+    }
+
+    #[cold]
+    fn raise_alarm(&mut self) {
+        if let Some(alarm) = self.alarm.as_ref().filter(|_| !self.told) {
+            alarm.signal();
+        }
+        self.told = true;
     }
 
     /// The flag that this attachment is broken.
@@ -183,6 +201,8 @@ impl RxQueue for FromGuest {
                 }
                 Err(lie) => self.side.broken(lie),
             }
+        } else {
+            self.raise_alarm();
         }
         slots.lend(self.side.poison.flag())
     }
