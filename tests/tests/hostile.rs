@@ -16,6 +16,7 @@ mod hostile {
     mod innocents;
     mod lifecycle;
     mod memory;
+    mod promises;
     mod quiet;
     mod restart;
     mod rig;

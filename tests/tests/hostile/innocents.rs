@@ -253,7 +253,7 @@ fn step(way: &mut Way, guests: &mut [Innocent; 4], watch: &mut Watch, over: bool
 }
 
 /// TSC ticks, measured once.
-fn ticks_per_microsecond() -> f64 {
+pub(super) fn ticks_per_microsecond() -> f64 {
     static TICKS: std::sync::OnceLock<f64> = std::sync::OnceLock::new();
     *TICKS.get_or_init(|| {
         let (from, since) = (tsc(), Instant::now());

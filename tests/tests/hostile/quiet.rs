@@ -39,6 +39,11 @@ pub(super) fn leave_the_worker_alone() -> Result<()> {
     sched_setaffinity(None, &rest).context("leave a processor to the worker")
 }
 
+/// The last processor, as it was before anybody left it to the worker.
+pub(super) fn worker_cpu() -> usize {
+    *CPUS.get_or_init(last_cpu)
+}
+
 /// While latencies are compared, a worker that sleeps would look like one that is held up.
 pub(super) fn idle() -> Idle {
     match std::env::var_os(LATENCY) {
@@ -126,7 +131,7 @@ fn behave(x: &mut X<'_>) -> Result<()> {
 
 /// Both, and a line in `target/hostile-latency.tsv`: case, p99 more in percent, and the figures of both.
 pub(super) fn compare(case: &Case, attack: impl Fn(&mut X<'_>) -> Result<()>) -> Result<()> {
-    CPUS.get_or_init(last_cpu);
+    worker_cpu();
     let rig = Rig::start(case)?;
     leave_the_worker_alone()?;
     let (mut tame, mut wild) = (Seen::nothing(), Seen::nothing());

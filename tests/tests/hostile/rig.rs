@@ -206,7 +206,7 @@ impl Rig {
     }
 }
 
-fn attach(api: &Path, dir: &Path, port: &str, layout: Layout) -> Result<Innocent> {
+pub(super) fn attach(api: &Path, dir: &Path, port: &str, layout: Layout) -> Result<Innocent> {
     loop_attach(api, &dir.join(format!("{port}.sock")), port, layout)
 }
 
