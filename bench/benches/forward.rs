@@ -21,9 +21,10 @@ use ringway::port::shared;
 use ringway::port::vhost::{FromGuest, ToGuest};
 use ringway::virtio::driver::{DriverRing, DriverSetup, Used};
 
+use ringway::virtio::buffers::NET_HEADER;
 use ringway::virtio::guest_mem::{GuestMem, MapOptions, Poison};
 use ringway::virtio::own_mem::OwnMem;
-use ringway::virtio::ring::{NET_HEADER, Ring, RingSetup, Way, feature};
+use ringway::virtio::ring::{Ring, RingSetup, Way, feature};
 
 const SIZE: u16 = 1024;
 const GUEST: u64 = 0x1000_0000;

@@ -9,11 +9,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use ringway::virtio::buffers::{AHEAD, BATCH, Buffers};
 use ringway::virtio::driver::{DriverRing, DriverSetup, Used};
 use ringway::virtio::guest_mem::{GuestMem, MapOptions, Poison};
 use ringway::virtio::net;
 use ringway::virtio::own_mem::OwnMem;
-use ringway::virtio::ring::{AHEAD, BATCH, Buffers, Ring, RingSetup, Way, feature};
+use ringway::virtio::ring::{Ring, RingSetup, Way, feature};
 
 /// Descriptors per ring, DPDK's default.
 const SIZE: u16 = 256;

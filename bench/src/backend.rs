@@ -17,7 +17,7 @@ use ringway::dataplane::queue::RxQueue;
 use ringway::port::mem::{FromVec, ToVec, Wire};
 use ringway::port::shared::Sender;
 use ringway::port::vhost::FromGuest;
-use ringway::virtio::ring::{BATCH, Buffers};
+use ringway::virtio::buffers::{BATCH, Buffers};
 
 use crate::interrupt;
 use crate::process::pin;

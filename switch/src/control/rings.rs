@@ -7,8 +7,9 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 
 use super::port_handle::{FileId, PeerId, PortHandle, Rings, SessionReport};
+use super::ports::{Port, State};
 use super::state::PortState;
-use super::switch::{Port, State, Switch, lock};
+use super::switch::{Switch, lock};
 use crate::dataplane::eth::Mac;
 use crate::dataplane::fdb::Flush;
 use crate::dataplane::mailbox::QueueId;

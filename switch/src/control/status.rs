@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::api::Refusal;
+use super::ports::{Port, State};
 use super::state::{Counters, PortStatus, QueueRef, QueueStatus, StatsReport, WorkerStatus};
-use super::switch::{Port, State, Switch, lock};
+use super::switch::{Switch, lock};
 use crate::dataplane::clock::tsc;
 use crate::dataplane::counters::{QueueCounters, Reason};
 

@@ -4,43 +4,30 @@
 //! guest's rings; the workers poll them. All shared state is behind one mutex, held while workers answer their mail, never
 //! while a session is started or stopped (its thread may be waiting for that mutex).
 
-use std::collections::HashMap;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context, Result};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use anyhow::Result;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::api::Refusal;
 use super::config::Config;
 use super::cpu;
 use super::plan::{self, Action};
-use super::port_handle::{FileId, SessionReport};
-use super::rings::{Claim, Handle, WayOut};
-use super::sandbox;
+use super::ports::{PortName, State};
+use super::rings::Handle;
 use super::session::Session;
 use super::spec::check_beside;
-use super::state::{self, Counters, PortSpec, PutOut};
-use super::status::{received, sent};
+use super::state::PortSpec;
+use super::threads::{WorkerHandle, alarm, spawn_watch, spawn_worker, when_idle};
 use crate::dataplane::clock::tsc;
-use crate::dataplane::counters::{QueueCounters, WorkerCounters};
 use crate::dataplane::fdb::{Fdb, FdbSettings, Flush, Key};
-use crate::dataplane::guard::{Guard, Rate};
-use crate::dataplane::mailbox::{self, Mailbox, QueueId};
-use crate::dataplane::port_set::{Domain, Exit, PORTS_MAX, PortId, Topology};
-use crate::dataplane::queue::TxQueue;
-use crate::dataplane::worker::{Idle, RxSlot, Shared, Worker};
+use crate::dataplane::mailbox::QueueId;
+use crate::dataplane::port_set::PORTS_MAX;
+use crate::dataplane::worker::Shared;
 use crate::port::call::Call;
-use crate::port::doze::Bed;
-use crate::virtio::guest_mem::Poison;
-
-/// How often broken attachments are looked for that no worker has told of, and the coarse clock is moved.
-const WATCH: Duration = Duration::from_millis(5);
-/// How long a worker that may sleep goes on polling after the last frame.
-const IDLE_AFTER: Duration = Duration::from_millis(1);
 
 /// A running switch.
 ///
@@ -59,58 +46,6 @@ pub struct Switch {
     pub(super) watch: Mutex<Option<JoinHandle<()>>>,
     /// Ends the watch's pause: an attachment broke. None if this host has no means that cannot block.
     pub(super) alarm: Option<Arc<Call>>,
-}
-
-pub(super) struct WorkerHandle {
-    pub(super) cpu: usize,
-    /// NUMA node of that CPU, where known.
-    pub(super) node: Option<usize>,
-    pub(super) mailbox: Mailbox,
-    pub(super) counters: Arc<WorkerCounters>,
-    pub(super) thread: Mutex<Option<JoinHandle<Vec<RxSlot>>>>,
-}
-
-#[derive(Default)]
-pub(super) struct State {
-    pub(super) ports: Vec<Option<Port>>,
-    /// How many owners each port number has had.
-    pub(super) generations: Vec<u16>,
-    pub(super) bridges: Vec<String>,
-    /// What ports that were deleted have counted.
-    pub(super) departed: Counters,
-    pub(super) topology: Arc<Topology>,
-    pub(super) age: u32,
-    pub(super) stopped: bool,
-    /// Files of guests' memory that is mapped now, with the ports that have them.
-    pub(super) files: HashMap<FileId, Vec<Claim>>,
-}
-
-pub(super) struct Port {
-    pub(super) spec: PortSpec,
-    pub(super) id: PortId,
-    pub(super) generation: u16,
-    pub(super) domain: Domain,
-    pub(super) pairs: Vec<Pair>,
-    pub(super) report: SessionReport,
-    pub(super) since: Instant,
-    pub(super) connects: u64,
-    pub(super) put_out: PutOut,
-    pub(super) poison: Option<Arc<Poison>>,
-    pub(super) session: Option<Arc<Session>>,
-    /// Its limits, if it has any.
-    pub(super) guard: Option<Arc<Guard>>,
-    /// Files its guest's memory is made of.
-    pub(super) files: Vec<FileId>,
-}
-
-/// A queue pair of a port, attached or not.
-pub(super) struct Pair {
-    /// Index of the worker that polls it.
-    pub(super) worker: usize,
-    pub(super) rx: Arc<QueueCounters>,
-    pub(super) tx: Arc<QueueCounters>,
-    pub(super) polled: bool,
-    pub(super) exit: Option<WayOut>,
 }
 
 impl Switch {
@@ -368,7 +303,7 @@ impl Switch {
     }
 
     /// Tells sessions whose attachment broke, moves the clock, forgets old stations. False: the switch has stopped.
-    fn look_after(&self) -> bool {
+    pub(super) fn look_after(&self) -> bool {
         let (broken, age) = {
             let mut state = lock(&self.state);
             if state.stopped {
@@ -392,202 +327,6 @@ impl Switch {
     }
 }
 
-/// A port's name with its numbers.
-#[derive(Clone, Copy, Debug)]
-pub struct PortName<'a> {
-    /// Its name.
-    pub name: &'a str,
-    /// The bridge it belongs to.
-    pub bridge: &'a str,
-    /// Its number.
-    pub id: PortId,
-    /// The number's present owner.
-    pub generation: u16,
-    /// The bridge's domain.
-    pub domain: Domain,
-}
-
-impl State {
-    pub(super) fn port(&mut self, id: PortId) -> Option<&mut Port> {
-        self.ports.get_mut(usize::from(id.0))?.as_mut()
-    }
-
-    pub(super) fn by_name(&mut self, name: &str) -> Result<&mut Port, Refusal> {
-        let known: Vec<&str> = self
-            .ports
-            .iter()
-            .flatten()
-            .map(|port| port.spec.name.as_str())
-            .collect();
-        if !known.contains(&name) {
-            return Err(Refusal::no_port(name, &known));
-        }
-        let port = self
-            .ports
-            .iter_mut()
-            .flatten()
-            .find(|port| port.spec.name == name);
-        port.ok_or_else(|| Refusal::NotFound(format!("there is no port {name:?}")))
-    }
-
-    /// Takes a number for a new port.
-    fn enter(&mut self, spec: &PortSpec, workers: &[WorkerHandle]) -> Result<PortId, Refusal> {
-        let number = self
-            .ports
-            .iter()
-            .position(Option::is_none)
-            .unwrap_or(self.ports.len());
-        if number == PORTS_MAX {
-            return Err(Refusal::Conflict(format!(
-                "port {:?}: the switch has its {PORTS_MAX} ports: delete one first",
-                spec.name
-            )));
-        }
-        if number == self.ports.len() {
-            self.ports.push(None);
-            self.generations.push(0);
-        }
-        let bridge = self
-            .bridges
-            .iter()
-            .position(|name| *name == spec.bridge)
-            .unwrap_or_else(|| {
-                self.bridges.push(spec.bridge.clone());
-                self.bridges.len() - 1
-            });
-        self.generations[number] = self.generations[number].wrapping_add(1);
-        let id = PortId(number as u16);
-        let pairs = (0..usize::from(spec.queues)).map(|pair| Pair {
-            worker: worker_for(spec, number, pair, workers),
-            rx: Arc::default(),
-            tx: Arc::default(),
-            polled: false,
-            exit: None,
-        });
-        self.ports[number] = Some(Port {
-            spec: spec.clone(),
-            id,
-            generation: self.generations[number],
-            domain: Domain(bridge as u16),
-            pairs: pairs.collect(),
-            report: SessionReport::default(),
-            since: Instant::now(),
-            connects: 0,
-            put_out: PutOut::default(),
-            poison: None,
-            session: None,
-            guard: guard(spec),
-            files: Vec::new(),
-        });
-        Ok(id)
-    }
-
-    fn leave(&mut self, id: PortId) {
-        self.forget_files(id);
-        if let Some(port) = self.ports.get_mut(usize::from(id.0)).and_then(Option::take) {
-            self.departed += &port.counters();
-        }
-    }
-}
-
-/// What the workers watch for, if the operator wants anything watched.
-fn guard(spec: &PortSpec) -> Option<Arc<Guard>> {
-    let wanted = !spec.mac.is_empty() || spec.stations + spec.moves + spec.floods > 0;
-    wanted.then(|| {
-        Arc::new(Guard {
-            macs: spec.mac.clone().into(),
-            stations: spec.stations,
-            moves: Rate::new(spec.moves),
-            floods: Rate::new(spec.floods),
-        })
-    })
-}
-
-/// The worker for a queue pair: the one asked for, or the next in turn.
-fn worker_for(spec: &PortSpec, number: usize, pair: usize, workers: &[WorkerHandle]) -> usize {
-    let asked = spec.workers.get(pair).or(spec.workers.last());
-    asked
-        .and_then(|cpu| workers.iter().position(|worker| worker.cpu == *cpu))
-        .unwrap_or((number + pair) % workers.len())
-}
-
-impl Port {
-    pub(super) fn exit(&self) -> Option<Exit> {
-        let queues: Vec<Arc<dyn TxQueue>> = self
-            .pairs
-            .iter()
-            .filter_map(|pair| pair.exit.clone())
-            .map(WayOut::queue)
-            .collect();
-        (!queues.is_empty()).then_some(Exit {
-            generation: self.generation,
-            domain: self.domain,
-            queues,
-        })
-    }
-
-    pub(super) fn counters(&self) -> Counters {
-        let mut sum = Counters::default();
-        for pair in &self.pairs {
-            sum += &received(&pair.rx);
-            sum += &sent(&pair.tx);
-        }
-        sum
-    }
-}
-
-fn when_idle(idle: state::Idle) -> Idle {
-    match idle {
-        state::Idle::Poll => Idle::Poll,
-        state::Idle::Adaptive => {
-            let (start, at) = (tsc(), Instant::now());
-            std::thread::sleep(Duration::from_millis(5));
-            let hz = tsc().wrapping_sub(start) as f64 / at.elapsed().as_secs_f64();
-            Idle::Adaptive {
-                after: (hz * IDLE_AFTER.as_secs_f64()) as u64,
-            }
-        }
-    }
-}
-
-fn spawn_worker(
-    number: usize,
-    cpu: usize,
-    node: Option<usize>,
-    shared: &Arc<Shared>,
-    idle: Idle,
-) -> Result<WorkerHandle> {
-    let (bed, bell) = Bed::new().context("a worker cannot sleep: epoll or eventfd failed")?;
-    let (mailbox, slot) = mailbox::mailbox(bell);
-    let counters = Arc::<WorkerCounters>::default();
-    let worker = (shared.clone(), counters.clone(), idle);
-    let (told, pinned) = crossbeam::channel::bounded(1);
-    let thread = std::thread::Builder::new()
-        .name(format!("worker-{cpu}"))
-        .spawn(move || {
-            let here = cpu::pin(cpu).map_err(anyhow::Error::from);
-            // On its processor, whose memory is near, and before it may ask for none.
-            let worker = Worker::new(number, worker.0, worker.1, slot, worker.2, Box::new(bed));
-            let here = here.and_then(|()| {
-                sandbox::restrict_worker().context("a worker cannot give up its system calls")
-            });
-            let ready = here.is_ok();
-            let _ = told.send(here);
-            if !ready {
-                return Vec::new();
-            }
-            worker.run()
-        })?;
-    pinned.recv().context("a worker ended at once")??;
-    Ok(WorkerHandle {
-        cpu,
-        node,
-        mailbox,
-        counters,
-        thread: Mutex::new(Some(thread)),
-    })
-}
-
 /// A port takes some 12 descriptors, so the usual soft limit of 1024 ends at about 80 ports: up to the hard one, then.
 fn raise_open_files() {
     let now = getrlimit(Resource::Nofile);
@@ -601,35 +340,6 @@ fn raise_open_files() {
             now.current
         );
     }
-}
-
-/// What workers call the watch with. Without AIO it finds out by itself.
-fn alarm() -> Option<Arc<Call>> {
-    let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-    Some(Arc::new(Call::new(event.ok()?).ok()?))
-}
-
-/// Until the alarm is raised, or for as long as the watch may sleep.
-fn pause(alarm: &Call) {
-    let mut polled = [PollFd::new(alarm, PollFlags::IN)];
-    let _ = poll(&mut polled, Timespec::try_from(WATCH).ok().as_ref());
-    let _ = rustix::io::read(alarm, &mut [0; 8]);
-}
-
-fn spawn_watch(switch: &Arc<Switch>) -> Result<JoinHandle<()>> {
-    let switch = Arc::downgrade(switch);
-    let alarm = switch.upgrade().and_then(|switch| switch.alarm.clone());
-    let watch = move || {
-        while switch.upgrade().is_some_and(|switch| switch.look_after()) {
-            match &alarm {
-                Some(alarm) => pause(alarm),
-                None => std::thread::sleep(WATCH),
-            }
-        }
-    };
-    Ok(std::thread::Builder::new()
-        .name("watch".into())
-        .spawn(watch)?)
 }
 
 fn failed(error: impl std::fmt::Display) -> Refusal {

@@ -12,7 +12,8 @@ use std::time::Duration;
 use crossbeam::queue::ArrayQueue;
 
 use super::port_set::{PortId, Topology};
-use super::worker::{Idle, QUEUES_MAX, RxSlot};
+use super::schedule::QUEUES_MAX;
+use super::worker::{Idle, RxSlot};
 
 /// Letters that wait; control waits for a place.
 const LETTERS: usize = 64;

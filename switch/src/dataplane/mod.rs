@@ -9,4 +9,5 @@ pub mod guard;
 pub mod mailbox;
 pub mod port_set;
 pub mod queue;
+mod schedule;
 pub mod worker;

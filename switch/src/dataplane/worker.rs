@@ -18,13 +18,8 @@ use super::guard::Guard;
 use super::mailbox::{Letter, QueueId, Slot};
 use super::port_set::{Domain, PortId, Topology};
 use super::queue::RxQueue;
+use super::schedule::{NONE, Schedule};
 
-/// Receive queues a worker can hold.
-pub const QUEUES_MAX: usize = 8192;
-/// Empty polls in a row after which a queue is polled only each [`WHEEL`]th pass.
-const PATIENCE: u32 = 256;
-/// Passes from one poll of an idle queue to the next: 256 idle ports cost −26 % at 16, −21 % at 64, −70 % if polled always.
-const WHEEL: usize = 64;
 /// Copies that flooding may make in one turn: bounds a turn to about 0.2 ms; frames beyond stay in their sender's ring.
 pub const FLOOD_BUDGET: usize = 4096;
 /// Bytes that may be copied in one turn, floods multiplied; at least one frame goes. Bounds a turn of the longest frames to some 0.2 ms;
@@ -88,72 +83,6 @@ type Verdict = u32;
 const FLOOD: Verdict = 1 << 16;
 const DROP: Verdict = 1 << 17;
 
-/// No queue; ends a list.
-const NONE: u16 = u16::MAX;
-
-/// The receive queues of a worker, and which of them are polled in which pass. All memory is taken at start.
-struct Schedule {
-    slots: Box<[Option<Entry>]>,
-    /// Slots used so far, the free ones included.
-    used: usize,
-    free: List,
-    active: List,
-    /// Idle queues, in lists: those of `wheel[w]` are polled in passes with `pass % WHEEL == w`.
-    wheel: [u16; WHEEL],
-}
-
-struct Entry {
-    slot: Box<RxSlot>,
-    empty_polls: u32,
-    /// The next entry in the same spoke of the wheel.
-    next: u16,
-}
-
-/// Numbers of queues, in memory that was taken at start: nothing grows here.
-struct List {
-    items: Box<[u16; QUEUES_MAX]>,
-    len: usize,
-}
-
-impl List {
-    fn new() -> List {
-        List {
-            items: Box::new([NONE; QUEUES_MAX]),
-            len: 0,
-        }
-    }
-
-    /// Each number is in one list at most once, so there is room for it.
-    fn push(&mut self, number: u16) {
-        if let Some(place) = self.items.get_mut(self.len) {
-            *place = number;
-            self.len += 1;
-        }
-    }
-
-    fn pop(&mut self) -> Option<u16> {
-        self.len = self.len.checked_sub(1)?;
-        self.items.get(self.len).copied()
-    }
-
-    #[inline]
-    fn at(&self, at: usize) -> Option<u16> {
-        (at < self.len).then(|| self.items[at % QUEUES_MAX])
-    }
-
-    fn position(&self, number: u16) -> Option<usize> {
-        (0..self.len).find(|at| self.at(*at) == Some(number))
-    }
-
-    fn swap_remove(&mut self, at: usize) {
-        if let Some(last) = self.pop()
-            && at < self.len
-        {
-            self.items[at % QUEUES_MAX] = last;
-        }
-    }
-}
-
 /// The state of a worker's thread.
 pub struct Worker {
     /// This worker's number: the queue of each port it sends to.
@@ -196,8 +125,7 @@ impl Worker {
     /// Polls until control says stop; returns the queues it still has, for control to drop.
     pub fn run(mut self) -> Vec<RxSlot> {
         self.work();
-        let left = self.schedule.slots.into_iter().flatten();
-        left.map(|entry| *entry.slot).collect()
+        self.schedule.into_slots()
     }
 
     /// Polls until control says stop. Nothing that this calls can panic (`tests/tests/no_panic.rs`).
@@ -254,7 +182,7 @@ impl Worker {
     fn pass(&mut self, pass: usize) -> u64 {
         let mut frames = 0;
         let mut at = 0;
-        while let Some(index) = self.schedule.active.at(at) {
+        while let Some(index) = self.schedule.busy_at(at) {
             let taken = self.turn(index);
             frames += taken as u64;
             if self.schedule.rest(at, taken > 0) {
@@ -262,12 +190,12 @@ impl Worker {
             }
             at += 1;
         }
-        let mut index = self.schedule.unhook(pass % WHEEL);
+        let mut index = self.schedule.unhook(pass);
         while index != NONE {
             let next = self.schedule.next(index);
             let taken = self.turn(index);
             frames += taken as u64;
-            self.schedule.hook(index, pass % WHEEL, taken > 0);
+            self.schedule.hook(index, pass, taken > 0);
             index = next;
         }
         frames
@@ -276,10 +204,9 @@ impl Worker {
     /// One turn of one queue; returns the frames taken.
     #[inline]
     fn turn(&mut self, index: u16) -> usize {
-        let Some(entry) = self.schedule.entry(index) else {
+        let Some(RxSlot { source: rx, queue }) = self.schedule.slot(index) else {
             return 0;
         };
-        let RxSlot { source: rx, queue } = &mut *entry.slot;
 
         // 1. Lend.
         let burst = queue.lend(&mut self.slots);
@@ -342,15 +269,15 @@ impl Worker {
     #[cold]
     fn sleep(&mut self) {
         let mut waiting = false;
-        for entry in self.schedule.slots.iter_mut().flatten() {
-            waiting |= entry.slot.queue.arm();
+        for slot in self.schedule.slots() {
+            waiting |= slot.queue.arm();
         }
         if !waiting && !self.mail.waiting() {
             WorkerCounters::add(&self.counters.sleeps, 1);
             self.doze.sleep(Duration::from_millis(500));
         }
-        for entry in self.schedule.slots.iter_mut().flatten() {
-            entry.slot.queue.disarm();
+        for slot in self.schedule.slots() {
+            slot.queue.disarm();
         }
         self.schedule.wake_all();
     }
@@ -614,130 +541,6 @@ impl Way<'_> {
                 self.counters
                     .received
                     .count_drop(outcome.reason, u64::from(outcome.left));
-            }
-        }
-    }
-}
-
-impl Schedule {
-    fn new() -> Schedule {
-        Schedule {
-            slots: (0..QUEUES_MAX).map(|_| None).collect(),
-            used: 0,
-            free: List::new(),
-            active: List::new(),
-            wheel: [NONE; WHEEL],
-        }
-    }
-
-    #[inline]
-    fn entry(&mut self, index: u16) -> Option<&mut Entry> {
-        self.slots.get_mut(usize::from(index))?.as_mut()
-    }
-
-    fn insert(&mut self, slot: Box<RxSlot>) {
-        let entry = Some(Entry {
-            slot,
-            empty_polls: 0,
-            next: NONE,
-        });
-        let index = self.free.pop().unwrap_or_else(|| {
-            self.used += 1;
-            (self.used - 1) as u16
-        });
-        let Some(place) = self.slots.get_mut(usize::from(index)) else {
-            // Control attaches no more: see `QUEUES_MAX`.
-            debug_assert!(false, "more than {QUEUES_MAX} queues");
-            return;
-        };
-        *place = entry;
-        self.active.push(index);
-    }
-
-    fn remove(&mut self, id: QueueId) -> Option<Box<RxSlot>> {
-        let index = self
-            .slots
-            .iter()
-            .position(|slot| slot.as_ref().is_some_and(|e| e.slot.source.id == id))?;
-        let number = index as u16;
-        if let Some(at) = self.active.position(number) {
-            self.active.swap_remove(at);
-        } else {
-            for spoke in 0..WHEEL {
-                self.unlink(spoke, number);
-            }
-        }
-        self.free.push(number);
-        self.slots.get_mut(index)?.take().map(|entry| entry.slot)
-    }
-
-    fn unlink(&mut self, spoke: usize, number: u16) {
-        let mut index = self.unhook(spoke);
-        while index != NONE {
-            let next = self.next(index);
-            if index != number {
-                self.hook(index, spoke, false);
-            }
-            index = next;
-        }
-    }
-
-    /// Notes the outcome of polling `active[at]`; true if the queue went to the wheel.
-    #[inline]
-    fn rest(&mut self, at: usize, busy: bool) -> bool {
-        let Some(index) = self.active.at(at) else {
-            return false;
-        };
-        let Some(entry) = self.entry(index) else {
-            return false;
-        };
-        if busy {
-            entry.empty_polls = 0;
-            return false;
-        }
-        entry.empty_polls += 1;
-        if entry.empty_polls < PATIENCE {
-            return false;
-        }
-        self.active.swap_remove(at);
-        self.hook(index, usize::from(index) % WHEEL, false);
-        true
-    }
-
-    /// Takes the whole list of a spoke.
-    #[inline]
-    fn unhook(&mut self, spoke: usize) -> u16 {
-        std::mem::replace(&mut self.wheel[spoke % WHEEL], NONE)
-    }
-
-    #[inline]
-    fn next(&self, index: u16) -> u16 {
-        let entry = self.slots.get(usize::from(index));
-        entry.and_then(Option::as_ref).map_or(NONE, |e| e.next)
-    }
-
-    /// Puts an idle queue (back) on its spoke, or among the active ones if it had frames.
-    #[inline]
-    fn hook(&mut self, index: u16, spoke: usize, busy: bool) {
-        let Some(Some(entry)) = self.slots.get_mut(usize::from(index)) else {
-            return;
-        };
-        if busy {
-            entry.empty_polls = 0;
-            self.active.push(index);
-        } else {
-            entry.next = std::mem::replace(&mut self.wheel[spoke % WHEEL], index);
-        }
-    }
-
-    /// After a sleep every queue may have frames.
-    fn wake_all(&mut self) {
-        for spoke in 0..WHEEL {
-            let mut index = self.unhook(spoke);
-            while index != NONE {
-                let next = self.next(index);
-                self.hook(index, spoke, true);
-                index = next;
             }
         }
     }

@@ -7,10 +7,11 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::queue::{QueuePair, Rx, Side, Tx};
 use super::session::RingPlace;
 use super::{GuestError, MemoryKind, Options};
+use crate::virtio::buffers::PIECES_MAX;
 use crate::virtio::driver::{DriverRing, DriverSetup};
 use crate::virtio::net::HEADER_LEN;
 use crate::virtio::own_mem::OwnMem;
-use crate::virtio::ring::{PIECES_MAX, Way, feature};
+use crate::virtio::ring::{Way, feature};
 
 /// Where the memory begins for the guest's descriptors. Not where it is mapped: a switch that confuses the two address
 /// spaces must fail with these guests as it would with QEMU's.

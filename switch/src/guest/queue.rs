@@ -12,9 +12,10 @@ use std::time::Duration;
 use super::frame::{Frame, Part, Slot};
 use super::layout::{Buffers, DESC};
 use super::session::readable;
+use crate::virtio::buffers::{AHEAD, PIECES_MAX};
 use crate::virtio::driver::{DriverRing, Raw, Used};
 use crate::virtio::net::{HEADER_LEN, NUM_BUFFERS};
-use crate::virtio::ring::{AHEAD, PIECES_MAX, prefetch_read, prefetch_write};
+use crate::virtio::ring::{prefetch_read, prefetch_write};
 
 /// Frames per call.
 pub const BURST: usize = 64;

@@ -13,10 +13,9 @@ use super::shared::{Sender, Sent};
 use crate::dataplane::counters::Reason;
 use crate::dataplane::frame::{BURST_MAX, Burst, SEGMENTS_MAX, Segment, Slots};
 use crate::dataplane::queue::RxQueue;
+use crate::virtio::buffers::{AHEAD, BATCH, Buffer, Buffers, Fault, NET_HEADER, Piece};
 use crate::virtio::guest_mem::Poison;
-use crate::virtio::ring::{
-    AHEAD, BATCH, Buffer, Buffers, Fault, Lie, NET_HEADER, Piece, Ring, Way,
-};
+use crate::virtio::ring::{Lie, Ring, Way};
 
 const _: () = assert!(BURST_MAX <= BATCH);
 

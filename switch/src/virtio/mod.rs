@@ -1,5 +1,6 @@
 //! Rings in foreign memory; knows no frames and no ports.
 
+pub mod buffers;
 pub mod driver;
 mod guest_budget;
 pub mod guest_fault;

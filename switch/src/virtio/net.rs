@@ -5,7 +5,7 @@ use super::own_mem::OwnMem;
 
 /// Bytes of `struct virtio_net_hdr_v1`.
 pub const HEADER_LEN: usize = 12;
-const _: () = assert!(HEADER_LEN == super::ring::NET_HEADER as usize);
+const _: () = assert!(HEADER_LEN == super::buffers::NET_HEADER as usize);
 
 /// Where num_buffers is.
 pub const NUM_BUFFERS: usize = 10;

@@ -12,10 +12,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
+use super::buffers::{BATCH, BatchFull, Buffer, Buffers, Chain, one_piece};
 use super::guest_mem::{GuestMem, Hit};
 use super::ring::{
-    BATCH, BadSetup, BatchFull, Buffer, Buffers, Chain, Desc, Lie, RingSetup, Table, Way, feature,
-    flag, full_fence, one_piece, passed, prefetch_write,
+    BadSetup, Desc, Lie, RingSetup, Table, Way, feature, flag, full_fence, passed, prefetch_write,
 };
 
 /// Largest ring: a place must fit into 15 bits (virtio 1.2 §2.8.10.1).

@@ -9,10 +9,11 @@ use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
+use super::buffers::{BATCH, BatchFull, Buffer, Buffers, CHAIN_MAX, Chain, one_piece};
 use super::guest_mem::{GuestMem, Hit};
 use super::ring::{
-    BATCH, BadSetup, BatchFull, Buffer, Buffers, CHAIN_MAX, Chain, Desc, Lie, RingSetup, Table,
-    Way, feature, flag, full_fence, one_piece, passed, prefetch_read, prefetch_write,
+    BadSetup, Desc, Lie, RingSetup, Table, Way, feature, flag, full_fence, passed, prefetch_read,
+    prefetch_write,
 };
 
 /// `avail.flags`: the driver wants no call; `used.flags`: the device wants no kick (virtio 1.2 §2.7.6, §2.7.8).

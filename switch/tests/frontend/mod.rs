@@ -251,6 +251,14 @@ impl Frontend {
         (self.answer_u64(req::GET_VRING_BASE) >> 32) as u32
     }
 
+    /// The first messages of a frontend that knows no protocol features.
+    pub fn open_plainly(&mut self, memory: &Memory) {
+        self.ask(req::GET_FEATURES);
+        self.tell(req::SET_FEATURES, 1 << 32);
+        let fds = [memory.file.as_fd()];
+        self.send(req::SET_MEM_TABLE, 0, &memory.table(), &fds);
+    }
+
     /// Waits until everything sent has been dealt with.
     pub fn sync(&mut self) {
         self.ask(req::GET_FEATURES);

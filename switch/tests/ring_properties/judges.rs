@@ -1,6 +1,7 @@
 //! What a ring in memory must be read as: by `virtio-queue`, and by the letter of the specification.
 
-use ringway::virtio::ring::{BATCH, CHAIN_MAX, Way, flag};
+use ringway::virtio::buffers::{BATCH, CHAIN_MAX};
+use ringway::virtio::ring::{Way, flag};
 use virtio_queue::QueueOwnedT;
 
 use super::rig::Rig;

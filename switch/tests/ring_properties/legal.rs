@@ -3,8 +3,9 @@
 use std::collections::VecDeque;
 
 use proptest::prelude::*;
+use ringway::virtio::buffers::BATCH;
 use ringway::virtio::driver::Used;
-use ringway::virtio::ring::{BATCH, Way};
+use ringway::virtio::ring::Way;
 
 use super::judges::ask_oracle;
 use super::rig::{POOL, Rig};

@@ -9,7 +9,8 @@ mod rig;
 
 use proptest::prelude::*;
 use proptest::sample::select;
-use ringway::virtio::ring::{BATCH, Ring, RingSetup, Way, flag};
+use ringway::virtio::buffers::BATCH;
+use ringway::virtio::ring::{Ring, RingSetup, Way, flag};
 use virtio_queue::QueueT;
 
 use judges::{ask_oracle, both, packed_model, usable};

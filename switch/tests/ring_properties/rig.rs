@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use proptest::sample::select;
+use ringway::virtio::buffers::Buffers;
 use ringway::virtio::driver::{DriverRing, DriverSetup};
 use ringway::virtio::guest_mem::{GuestMem, MapOptions, Poison};
 use ringway::virtio::own_mem::OwnMem;
-use ringway::virtio::ring::{Buffers, Ring, RingSetup, Way, feature};
+use ringway::virtio::ring::{Ring, RingSetup, Way, feature};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 

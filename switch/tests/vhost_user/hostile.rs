@@ -257,38 +257,41 @@ fn puts_out_who_goes_on_flooding_with_messages() {
     );
 }
 
+/// Runs `act`, which the switch must slow down to `least` or longer.
+fn is_slowed_down(least: Duration, limits: &str, act: impl FnOnce()) {
+    let start = Instant::now();
+    act();
+    let took = start.elapsed();
+    assert!(took > least, "{limits}: took only {took:?}");
+}
+
+/// Sends `count` messages and waits until the last one has been dealt with.
+fn flood(guest: &mut Frontend, count: u32) {
+    for _ in 0..count {
+        guest.ring(req::SET_VRING_NUM, 0, 256);
+    }
+    guest.sync();
+}
+
+const MESSAGES: &str = "1000 messages at once, 1000 a second";
+
 #[test]
 fn slows_a_flood_of_messages_down() {
     let port = Port::server();
     let mut guest = port.connect();
-    let start = Instant::now();
-    for _ in 0..2000 {
-        guest.ring(req::SET_VRING_NUM, 0, 256);
-    }
-    guest.sync();
-    assert!(
-        start.elapsed() > Duration::from_millis(800),
-        "1000 at once, 1000 a second: {:?}",
-        start.elapsed()
-    );
+    is_slowed_down(Duration::from_millis(800), MESSAGES, || {
+        flood(&mut guest, 2000);
+    });
 }
 
 #[test]
 fn has_no_more_messages_for_who_comes_again() {
     let port = Port::server();
-    let start = Instant::now();
-    for _ in 0..4 {
-        let mut guest = port.connect();
-        for _ in 0..500 {
-            guest.ring(req::SET_VRING_NUM, 0, 256);
+    is_slowed_down(Duration::from_millis(800), MESSAGES, || {
+        for _ in 0..4 {
+            flood(&mut port.connect(), 500);
         }
-        guest.sync();
-    }
-    assert!(
-        start.elapsed() > Duration::from_millis(800),
-        "1000 at once, 1000 a second: {:?}",
-        start.elapsed()
-    );
+    });
 }
 
 #[test]
@@ -297,16 +300,13 @@ fn slows_a_guest_down_whose_rings_change_hands_too_often_and_keeps_it() {
     let (mut guest, memory) = (port.connect(), Memory::dpdk());
     dpdk_start(&mut guest, &memory, 1, DPDK_SPLIT);
     port.switch.wait_state(PortState::Forwarding);
-    let start = Instant::now();
-    for round in 0..180 {
-        guest.ring(req::SET_VRING_ENABLE, 0, round % 2);
-    }
-    guest.sync();
-    assert!(
-        start.elapsed() > Duration::from_millis(600),
-        "100 at once, 100 a second: {:?}",
-        start.elapsed()
-    );
+    let limits = "100 changes at once, 100 a second";
+    is_slowed_down(Duration::from_millis(600), limits, || {
+        for round in 0..180 {
+            guest.ring(req::SET_VRING_ENABLE, 0, round % 2);
+        }
+        guest.sync();
+    });
     port.switch.wait_state(PortState::Forwarding);
 }
 
@@ -332,14 +332,7 @@ fn puts_out_who_takes_its_memory_away_in_the_middle_of_the_handshake() {
     ringway::virtio::guest_fault::install();
     is_put_out_for("it took memory away", SOON, |guest| {
         let memory = Memory::dpdk();
-        guest.ask(req::GET_FEATURES);
-        guest.tell(req::SET_FEATURES, 1 << 32);
-        guest.send(
-            req::SET_MEM_TABLE,
-            0,
-            &memory.table(),
-            &[memory.file.as_fd()],
-        );
+        guest.open_plainly(&memory);
         guest.ring(req::SET_VRING_NUM, 0, 256);
         guest.send(req::SET_VRING_ADDR, 0, &memory.addr(0), &[]);
         guest.sync();

@@ -291,14 +291,7 @@ fn send_kick_again(guest: &Frontend) {
 fn runs_rings_at_once_for_a_frontend_without_protocol_features() {
     let port = Port::server();
     let (mut guest, memory) = (port.connect(), Memory::dpdk());
-    guest.ask(req::GET_FEATURES);
-    guest.tell(req::SET_FEATURES, 1 << 32);
-    guest.send(
-        req::SET_MEM_TABLE,
-        0,
-        &memory.table(),
-        &[memory.file.as_fd()],
-    );
+    guest.open_plainly(&memory);
     for index in 0..2 {
         guest.ring(req::SET_VRING_NUM, index, 64);
         guest.send(req::SET_VRING_ADDR, 0, &memory.addr(index), &[]);

@@ -3,9 +3,10 @@
 use std::cell::OnceCell;
 use std::sync::Arc;
 
+use ringway::virtio::buffers::{BATCH, Buffers};
 use ringway::virtio::guest_mem::{GuestMem, Hit, MapOptions, Poison};
 use ringway::virtio::own_mem::OwnMem;
-use ringway::virtio::ring::{BATCH, Buffers, Ring, RingSetup, Way, feature};
+use ringway::virtio::ring::{Ring, RingSetup, Way, feature};
 
 const GPA: u64 = 0x4000_0000;
 const LEN: u64 = 16 << 10;

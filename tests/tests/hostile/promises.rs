@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use ringway::control::config::{Config, Workers};
-use ringway::control::state::{PortSpec, PortState, SocketMode};
+use ringway::control::state::{PortSpec, PortState, PortStatus, SocketMode};
 use ringway::dataplane::clock::tsc;
 use ringway::guest::traffic::station;
 use ringway::guest::{Guest, Layout, MemoryKind, Options, QueuePair};
@@ -49,6 +49,12 @@ impl Scene {
             friend: queues,
             _guest: guest,
         })
+    }
+
+    /// Waits until nobody is at the port any more.
+    fn wait_free(&self, port: &str) -> Result<()> {
+        let free = |port: &PortStatus| port.state == PortState::Listening;
+        api::wait_port(&self.switch.api(), port, "free", free).map(drop)
     }
 
     fn end(self) -> Result<()> {
@@ -129,7 +135,7 @@ fn until_put_out(scene: &mut Scene, port: &str, lie: Lie, memory: MemoryKind) ->
     }
     talk.wait_closed()?;
     let took = since.elapsed();
-    let put_out = |port: &ringway::control::state::PortStatus| port.put_out.guests == 1;
+    let put_out = |port: &PortStatus| port.put_out.guests == 1;
     api::wait_port(&api, port, "put out", put_out)?;
     api::del_port(&api, port)?;
     Ok(took)
@@ -187,8 +193,7 @@ fn until_forwarded(scene: &mut Scene, port: &str) -> Result<Duration> {
     let took = since.elapsed();
     guest.detach()?;
     std::thread::sleep(Duration::from_millis(30)); // a port's rings change hands 100 times a second, not more
-    let free = |status: &ringway::control::state::PortStatus| status.state == PortState::Listening;
-    api::wait_port(&scene.switch.api(), port, "free", free)?;
+    scene.wait_free(port)?;
     Ok(took)
 }
 
@@ -309,9 +314,7 @@ fn p4_how_soon_sixty_four_attach_at_once() -> Result<()> {
         })?;
         times.push(last);
         for name in &names {
-            let free =
-                |port: &ringway::control::state::PortStatus| port.state == PortState::Listening;
-            api::wait_port(&scene.switch.api(), name, "free", free)?;
+            scene.wait_free(name)?;
         }
     }
     figures("P4 the last of 64", times)?;

@@ -1,6 +1,7 @@
 //! Guests that break the rules: each lie has its name, and none is a panic, an endless walk or a wrong pointer.
 
-use super::super::ring::{CHAIN_MAX, Fault, Lie, PIECES_MAX, flag};
+use super::super::buffers::{CHAIN_MAX, Fault, PIECES_MAX};
+use super::super::ring::{Lie, flag};
 use super::*;
 
 const BOTH: [Way; 2] = [Way::FromGuest, Way::ToGuest];

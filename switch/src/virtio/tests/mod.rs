@@ -3,10 +3,11 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use super::buffers::{BATCH, Buffers};
 use super::driver::{DriverRing, DriverSetup, Used};
 use super::guest_mem::{GuestMem, MapOptions, Poison};
 use super::own_mem::OwnMem;
-use super::ring::{BATCH, BadSetup, Buffers, Ring, RingSetup, Way, feature};
+use super::ring::{BadSetup, Ring, RingSetup, Way, feature};
 
 mod liars;
 mod litmus;
