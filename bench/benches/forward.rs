@@ -19,9 +19,8 @@ use ringway::dataplane::worker::{Idle, RxSlot, Shared, Source, Worker};
 use ringway::port::doze::Bed;
 use ringway::port::shared;
 use ringway::port::vhost::{FromGuest, ToGuest};
-use ringway::virtio::driver::{DriverRing, DriverSetup, Used};
-
 use ringway::virtio::buffers::NET_HEADER;
+use ringway::virtio::driver::{DriverRing, DriverSetup, Used};
 use ringway::virtio::guest_mem::{GuestMem, MapOptions, Poison};
 use ringway::virtio::own_mem::OwnMem;
 use ringway::virtio::ring::{Ring, RingSetup, Way, feature};

@@ -4,7 +4,7 @@ use super::mailbox::QueueId;
 use super::worker::RxSlot;
 
 /// Receive queues a worker can hold.
-pub const QUEUES_MAX: usize = 8192;
+pub(super) const QUEUES_MAX: usize = 8192;
 /// Empty polls in a row after which a queue is polled only each [`WHEEL`]th pass.
 const PATIENCE: u32 = 256;
 /// Passes from one poll of an idle queue to the next: 256 idle ports cost −26 % at 16, −21 % at 64, −70 % if polled always.
