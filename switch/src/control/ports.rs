@@ -17,6 +17,7 @@ use crate::dataplane::port_set::{Domain, Exit, PORTS_MAX, PortId, Topology};
 use crate::dataplane::queue::TxQueue;
 use crate::virtio::guest_mem::Poison;
 
+/// All ports, by number, and what they share.
 #[derive(Default)]
 pub(super) struct State {
     pub(super) ports: Vec<Option<Port>>,
@@ -32,6 +33,7 @@ pub(super) struct State {
     pub(super) files: HashMap<FileId, Vec<Claim>>,
 }
 
+/// One port: what was asked for, its queues, and what is known of its guest.
 pub(super) struct Port {
     pub(super) spec: PortSpec,
     pub(super) id: PortId,
