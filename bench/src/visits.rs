@@ -111,8 +111,7 @@ impl Run<'_> {
             }
             Err(error) if error.is::<Interrupted>() => Err(error),
             Err(error) => {
-                let hint = hugepages_hint();
-                let failure = format!("round {round}, {} on {name}: {error:#}{hint}", row.name);
+                let failure = format!("round {round}, {} on {name}: {error:#}", row.name);
                 self.say(&failure);
                 self.report.failures.push(failure);
                 let alive =

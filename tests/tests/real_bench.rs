@@ -46,9 +46,8 @@ fn measurements(run: &Value) -> Result<&Vec<Value>> {
     run["measurements"].as_array().context("no measurements")
 }
 
-/// A closed loop and an open one through a switch: nothing may be doubled, changed, or come from nowhere, and of a thousand frames
-/// at most `losses` lost.
-fn every_frame_comes_back(switch: &str, rings: &[&str], losses: u64) -> Result<()> {
+/// A closed loop and an open one through a switch: nothing may be lost, doubled, changed, or come from nowhere.
+fn every_frame_comes_back(switch: &str, rings: &[&str]) -> Result<()> {
     require!(cpus(2));
     for rings in rings {
         for pace in ["--window 64", "--rate 20000"] {
@@ -56,12 +55,13 @@ fn every_frame_comes_back(switch: &str, rings: &[&str], losses: u64) -> Result<(
                 "load --switch {switch} --nice 0 {rings} {pace} --seconds 1 --verify --size imix"
             ))?;
             let load = &measurements(&run)?[0];
-            let count = |name: &str| load["count"][name].as_u64().unwrap_or(u64::MAX);
-            let (sent, received, lost) = (count("sent"), count("received"), count("lost"));
-            ensure!(received > 5000 && received + lost == sent, "{load}");
-            ensure!(lost <= sent * losses / 1000, "lost: {load}");
-            for wrong in ["duplicated", "reordered", "corrupted", "foreign"] {
-                ensure!(count(wrong) == 0, "{wrong}: {load}");
+            let count = |name: &str| load["count"][name].as_u64();
+            ensure!(
+                count("received") > Some(5000) && count("received") == count("sent"),
+                "{load}"
+            );
+            for wrong in ["lost", "duplicated", "reordered", "corrupted", "foreign"] {
+                ensure!(count(wrong) == Some(0), "{wrong}: {load}");
             }
             ensure!(load["partial"].is_null(), "{load}");
             ensure!(load["latencies"][0]["p50"].as_f64() > Some(100.0), "{load}");
@@ -80,20 +80,20 @@ const ALL: [&str; 4] = [
 #[test]
 #[ignore = "real peer: run by tests/run"]
 fn every_frame_comes_back_from_ringway() -> Result<()> {
-    every_frame_comes_back("ringway", &ALL, 0)
+    every_frame_comes_back("ringway", &ALL)
 }
 
 #[test]
 #[ignore = "real peer: run by tests/run"]
 fn every_frame_comes_back_from_the_reference() -> Result<()> {
-    every_frame_comes_back("reference", &ALL[..2], 0)
+    every_frame_comes_back("reference", &ALL[..2])
 }
 
 #[test]
 #[ignore = "real peer: run by tests/run"]
 fn every_frame_comes_back_from_testpmd() -> Result<()> {
     require!(tool("dpdk-testpmd", "dpdk-dev"), root(), hugepages(256));
-    every_frame_comes_back("testpmd", &ALL, 0)
+    every_frame_comes_back("testpmd", &ALL)
 }
 
 #[test]
@@ -104,9 +104,7 @@ fn every_frame_comes_back_from_ovs() -> Result<()> {
         root(),
         hugepages(600)
     );
-    // Seen once: OVS stood still for 0.9 s, let single frames through, and lost 1.3 of a thousand. Its own threads share the
-    // processors here; that loss is its own, and the generator must find it.
-    every_frame_comes_back("ovs", &ALL, 10)
+    every_frame_comes_back("ovs", &ALL)
 }
 
 #[test]
