@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use ringway::dataplane::eth::Mac;
 
 use crate::console::{Console, Forwarded, PortStats};
+use crate::host::hugepages_hint;
 use crate::process::Proc;
 use crate::rows::{Row, Traffic};
 
@@ -84,7 +85,8 @@ impl Client {
             &[cpus.control, cpus.client],
             &arguments,
             directory,
-        )?;
+        )
+        .with_context(|| format!("the client cannot be started{}", hugepages_hint()))?;
         let counted_from = if matches!(row.traffic, Traffic::Stations(_)) {
             2
         } else {

@@ -70,13 +70,13 @@ pub(crate) fn free_hugepages() -> u64 {
 /// Most starts that fail do so for want of hugepages: what there is, and how to get more.
 pub(crate) fn hugepages_hint() -> String {
     let free = hugepages("HugePages_Free:");
-    // OVS takes 400, and far more for hundreds of ports; testpmd 128 as a switch and 128 as a client.
+    // OVS takes 400, once for each number of ports that the rows ask for; testpmd 128 as a switch and 128 as a client.
     if free >= 400 {
         return String::new();
     }
     format!(
         " (only {free} free hugepages of 2 MB: OVS takes 400, testpmd 128 and the client 128; \
-         echo 1200 > /proc/sys/vm/nr_hugepages, or 2600 for OVS with 256 ports)"
+         echo 1200 > /proc/sys/vm/nr_hugepages, or 2600 for rows with idle ports on OVS)"
     )
 }
 

@@ -102,8 +102,8 @@ fn pause(alarm: &Call) {
 
 /// Starts the thread that calls [`Switch::look_after`], until the switch has stopped.
 pub(super) fn spawn_watch(switch: &Arc<Switch>) -> Result<JoinHandle<()>> {
+    let alarm = switch.alarm.clone();
     let switch = Arc::downgrade(switch);
-    let alarm = switch.upgrade().and_then(|switch| switch.alarm.clone());
     let watch = move || {
         while switch.upgrade().is_some_and(|switch| switch.look_after()) {
             match &alarm {
