@@ -124,6 +124,7 @@ pub(crate) fn visit(
     switch.prepare(&row)?;
     let mut client = switch.client(row, rig.cpus, &rig.directory)?;
     client.version().clone_into(client_version);
+    switch.settle(row.ports)?;
     let samples = attempts(rig, row, peer, round, switch, &mut *client);
     // Also after an error: the switch answers the client's farewell only while it runs.
     let _ = client.proc().resume();

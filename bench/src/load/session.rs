@@ -79,7 +79,7 @@ impl Session {
         };
         let listening = listening(target, &frontends)?;
         let containers = listening.as_ref().map_or(&[][..], |it| &it.sockets);
-        let started = target
+        let mut started = target
             .name()
             .map(|name| target.start(name, setup, containers))
             .transpose()?;
@@ -90,6 +90,9 @@ impl Session {
         let take = take.unwrap_or(sockets.len()).min(sockets.len());
         pin(&[cpus.control]).context("the coordinator's CPU")?;
         let fleet = super::attach(&frontends, &sockets[..take], frames)?;
+        if let Some(started) = &mut started {
+            started.switch.settle(take)?;
+        }
         let nice = priority.as_ref().map_or(0, Priority::nice);
         let mut saved = saved(fleet.tsc_hz, cpus, nice);
         saved.caveats.clone_from(&fleet.caveats);

@@ -92,6 +92,11 @@ pub(crate) trait Switch {
         Ok(())
     }
 
+    /// Called when its first `ports` ports are connected: waits until it takes frames from all of them to all of them. Most do at once.
+    fn settle(&mut self, _ports: usize) -> Result<()> {
+        Ok(())
+    }
+
     /// What it did since its start, if it tells.
     fn work(&mut self) -> Result<Option<Work>> {
         Ok(None)

@@ -140,7 +140,7 @@ impl Peer for Ovs {
         let mut proc = Proc::start("OVS-DPDK", &[place.cpus.switch], &mut daemon)?;
         wait_for_sockets(&mut proc, std::slice::from_ref(&control), &log)?;
 
-        let names: Vec<_> = (0..setup.ports).map(|port| format!("vhu{port}")).collect();
+        let names: Vec<_> = (0..setup.ports).map(interface).collect();
         self.add_ports(&directory, &names, setup.jumbo, &place.containers)?;
         let sockets = match place.switch_connects() {
             true => place.containers.clone(),
@@ -167,6 +167,8 @@ impl Peer for Ovs {
             },
             database,
             control,
+            ovs: self.clone(),
+            directory,
         }))
     }
 }
@@ -249,6 +251,11 @@ impl Ovs {
     }
 }
 
+/// The name of a port.
+fn interface(port: usize) -> String {
+    format!("vhu{port}")
+}
+
 fn environment(directory: &Path) -> [(&'static str, PathBuf); 4] {
     // The last one is DPDK's.
     ["OVS_RUNDIR", "OVS_LOGDIR", "OVS_DBDIR", "RUNTIME_DIRECTORY"]
@@ -261,6 +268,8 @@ struct Running {
     #[allow(dead_code, reason = "lives as long as the daemon")]
     database: Proc,
     control: PathBuf,
+    ovs: Ovs,
+    directory: PathBuf,
 }
 
 impl Switch for Running {
@@ -275,6 +284,22 @@ impl Switch for Running {
             ask(&self.control, "fdb/add", &["br0", "vhu1", "0", &mac])?;
         }
         Ok(())
+    }
+
+    /// A port that was just connected is no way out until the main thread has seen its link come up: until then every frame to it
+    /// is dropped. That thread shares its CPU with a polling one, so it may take its time.
+    fn settle(&mut self, ports: usize) -> Result<()> {
+        if ports == 0 {
+            return Ok(()); // vsctl wants a command
+        }
+        let mut wait = self.ovs.vsctl(&self.directory);
+        for port in 0..ports {
+            wait.args(["--", "wait-until", "interface", &interface(port)]);
+            wait.arg("link_state=up");
+        }
+        output(&mut wait)
+            .map(drop)
+            .context("OVS: its ports' links do not come up")
     }
 
     fn work(&mut self) -> Result<Option<Work>> {
