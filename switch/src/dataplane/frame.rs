@@ -50,8 +50,19 @@ struct Frame {
     at: *const u8,
     /// Bytes of the whole frame; 0 for a frame that carries a fault instead.
     len: u32,
-    /// Bytes at `at`; less than `len` if the frame has further pieces.
+    /// Bytes at `at`; less than `len` if the frame has further pieces: see [`Odd`].
     first: u32,
+}
+
+const NOTHING: Frame = Frame {
+    at: ptr::null(),
+    len: 0,
+    first: 0,
+};
+
+/// What there is to a frame with a fault, or with further pieces.
+#[derive(Clone, Copy)]
+struct Odd {
     /// The further pieces: `spill[from..from + pieces]`.
     from: u16,
     pieces: u16,
@@ -59,19 +70,12 @@ struct Frame {
     fault: Option<Reason>,
 }
 
-const NOTHING: Frame = Frame {
-    at: ptr::null(),
-    len: 0,
-    first: 0,
-    from: 0,
-    pieces: 0,
-    fault: None,
-};
-
 /// The storage of a burst: one per worker, used again by every turn.
 pub struct Slots {
     heads: [Head; BURST_MAX],
     frames: [Frame; BURST_MAX],
+    /// Means something for frames with a fault or with further pieces.
+    odd: [Odd; BURST_MAX],
     spill: [Segment; SPILL_MAX],
     count: usize,
     spilled: usize,
@@ -88,6 +92,11 @@ impl Slots {
         Box::new(Slots {
             heads: [Head([0; HEAD_LEN]); BURST_MAX],
             frames: [NOTHING; BURST_MAX],
+            odd: [Odd {
+                from: 0,
+                pieces: 0,
+                fault: None,
+            }; BURST_MAX],
             spill: [Segment {
                 at: ptr::null(),
                 len: 0,
@@ -114,15 +123,39 @@ impl Slots {
     /// Lends a frame that lies in one piece. `readable` bytes at `at` can be read; no less than `len`.
     ///
     /// # Safety
-    /// `readable >= len` bytes at `at` stay mapped until the burst's borrow ends, and fewer than [`BURST_MAX`] frames were pushed.
+    /// `readable >= len > 0` bytes at `at` stay mapped until the burst's borrow ends, and fewer than [`BURST_MAX`] frames were pushed.
     #[inline]
     pub unsafe fn push(&mut self, at: *const u8, len: u32, readable: u32) {
-        debug_assert!(self.count < BURST_MAX && readable >= len);
-        // SAFETY: `count < BURST_MAX` is the caller's promise.
+        // SAFETY: passed on; the frames before were pushed.
+        unsafe {
+            self.put(self.count, at, len, readable);
+            self.set_count(self.count + 1);
+        }
+    }
+
+    /// Says how many frames are lent.
+    ///
+    /// # Safety
+    /// Each of them was pushed, or put, since [`Slots::clear`].
+    #[inline]
+    pub unsafe fn set_count(&mut self, count: usize) {
+        debug_assert!(count <= BURST_MAX);
+        self.count = count;
+    }
+
+    /// Writes frame number `index`, for [`Slots::set_count`] to lend with those before it: a queue that keeps the count in a register
+    /// saves two moves a frame.
+    ///
+    /// # Safety
+    /// As for [`Slots::push`], and `index` is below [`BURST_MAX`].
+    #[inline]
+    pub unsafe fn put(&mut self, index: usize, at: *const u8, len: u32, readable: u32) {
+        debug_assert!(index < BURST_MAX && readable >= len && len > 0);
+        // SAFETY: `index < BURST_MAX` is the caller's promise.
         let (head, frame) = unsafe {
             (
-                self.heads.get_unchecked_mut(self.count),
-                self.frames.get_unchecked_mut(self.count),
+                self.heads.get_unchecked_mut(index),
+                self.frames.get_unchecked_mut(index),
             )
         };
         if readable >= HEAD_LEN as u32 {
@@ -143,11 +176,7 @@ impl Slots {
             at,
             len,
             first: len,
-            from: 0,
-            pieces: 0,
-            fault: None,
         };
-        self.count += 1;
     }
 
     /// Lends a frame in several pieces; false (and nothing is lent) if the burst has no room for the pieces any more.
@@ -184,6 +213,8 @@ impl Slots {
             at: first.at,
             len,
             first: first.len,
+        };
+        self.odd[self.count % BURST_MAX] = Odd {
             from: self.spilled as u16,
             pieces: further.len() as u16,
             fault: None,
@@ -198,9 +229,11 @@ impl Slots {
     pub fn push_fault(&mut self, reason: Reason) {
         debug_assert!(self.count < BURST_MAX);
         self.heads[self.count % BURST_MAX].0 = [0; HEAD_LEN];
-        self.frames[self.count % BURST_MAX] = Frame {
+        self.frames[self.count % BURST_MAX] = NOTHING;
+        self.odd[self.count % BURST_MAX] = Odd {
+            from: 0,
+            pieces: 0,
             fault: Some(reason),
-            ..NOTHING
         };
         self.count += 1;
     }
@@ -251,7 +284,10 @@ impl Burst<'_> {
     /// Why frame `index` has to be dropped, if its queue says so.
     #[inline]
     pub fn fault(&self, index: usize) -> Option<Reason> {
-        self.slots.frames[index % BURST_MAX].fault
+        if self.frame_len(index) > 0 {
+            return None;
+        }
+        self.slots.odd[index % BURST_MAX].fault
     }
 
     /// True if the sender's memory vanished: bytes copied from it may be zeros.
@@ -278,7 +314,7 @@ impl Burst<'_> {
         } else if len <= HEAD_LEN {
             // SAFETY: `len <= HEAD_LEN` bytes of the head are ours to read; `to` is the caller's promise.
             unsafe { copy_short(head.0.as_ptr(), to, len) };
-        } else if frame.pieces == 0 {
+        } else if frame.first == frame.len {
             // SAFETY: the frame is longer than the head, so `to` takes the head and the rest; `at` has `len` readable
             // bytes (promised to `push`) while the burst lives.
             unsafe {
@@ -314,9 +350,14 @@ impl Burst<'_> {
             at: frame.at,
             len: frame.first,
         };
-        let from_here = self.slots.spill.get(usize::from(frame.from)..);
-        let further = from_here.and_then(|spill| spill.get(..usize::from(frame.pieces)));
-        let further = further.unwrap_or(&[]); // `push_pieces` put them there
+        let further = if frame.first < frame.len {
+            let odd = &self.slots.odd[index % BURST_MAX];
+            let from_here = self.slots.spill.get(usize::from(odd.from)..);
+            let further = from_here.and_then(|spill| spill.get(..usize::from(odd.pieces)));
+            further.unwrap_or(&[]) // `push_pieces` put them there
+        } else {
+            &[]
+        };
         for piece in std::iter::once(&first).chain(further) {
             let size = piece.len as usize;
             if skip >= size {

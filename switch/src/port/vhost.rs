@@ -13,7 +13,7 @@ use super::shared::{Sender, Sent};
 use crate::dataplane::counters::Reason;
 use crate::dataplane::frame::{BURST_MAX, Burst, SEGMENTS_MAX, Segment, Slots};
 use crate::dataplane::queue::RxQueue;
-use crate::virtio::buffers::{AHEAD, BATCH, Buffer, Buffers, Fault, NET_HEADER, Piece};
+use crate::virtio::buffers::{AHEAD, BATCH, Buffers, Fault, NET_HEADER, Piece};
 use crate::virtio::guest_mem::Poison;
 use crate::virtio::ring::{Lie, Ring, Way};
 
@@ -120,15 +120,14 @@ impl FromGuest {
 
     /// A buffer that is not simply one piece with a header and a frame in it. False: the burst is full.
     #[cold]
-    fn push_odd(&self, slots: &mut Slots, buffer: &Buffer) -> bool {
-        match buffer.fault {
-            Some(Fault::BadAddress) => slots.push_fault(Reason::BadAddress),
-            Some(Fault::TooManyPieces) => slots.push_fault(Reason::TooManySegments),
-            None if buffer.pieces == 0 && buffer.len <= NET_HEADER => {
-                slots.push_fault(Reason::Runt)
-            }
-            None if buffer.pieces == 0 => slots.push_fault(Reason::Oversize),
-            None => return self.push_chain(slots, self.side.buffers.pieces(buffer)),
+    fn push_odd(&self, slots: &mut Slots, index: usize) -> bool {
+        let buffers = &self.side.buffers;
+        match (buffers.fault(index), buffers.pieces(index)) {
+            (Some(Fault::BadAddress), _) => slots.push_fault(Reason::BadAddress),
+            (Some(Fault::TooManyPieces), _) => slots.push_fault(Reason::TooManySegments),
+            (None, []) if buffers.buffer(index).len <= NET_HEADER => slots.push_fault(Reason::Runt),
+            (None, []) => slots.push_fault(Reason::Oversize),
+            (None, pieces) => return self.push_chain(slots, pieces),
         }
         true
     }
@@ -176,27 +175,33 @@ impl RxQueue for FromGuest {
             match self.side.ring.fetch(&mut self.side.buffers, BURST_MAX) {
                 Ok(count) => {
                     self.side.prefetch(count, Way::FromGuest);
-                    for index in 0..count {
-                        if index + AHEAD < count {
-                            self.side.buffers.prefetch(index + AHEAD, Way::FromGuest);
+                    let buffers = &*self.side.buffers;
+                    let mut lent = 0;
+                    while lent < count {
+                        if lent + AHEAD < count {
+                            buffers.prefetch(lent + AHEAD, Way::FromGuest);
                         }
-                        let buffer = *self.side.buffers.buffer(index);
+                        let buffer = buffers.buffer(lent);
                         let len = buffer.len.wrapping_sub(NET_HEADER);
                         // A length of 0, or below the header's, wraps to more than any `frame_max`.
-                        if buffer.pieces == 0 && len.wrapping_sub(1) < self.frame_max {
+                        if len.wrapping_sub(1) < self.frame_max {
                             // SAFETY: `len + 12 <= room` bytes are mapped at `at` (checked by the ring) as long as the
-                            // ring lives; `index < BURST_MAX`.
+                            // ring lives; `lent < BURST_MAX`.
                             unsafe {
-                                slots.push(
-                                    buffer.at.add(NET_HEADER as usize),
-                                    len,
-                                    buffer.room - NET_HEADER,
-                                );
+                                let at = buffer.at.add(NET_HEADER as usize);
+                                slots.put(lent, at, len, buffer.room - NET_HEADER);
                             }
-                        } else if !self.push_odd(slots, &buffer) {
-                            break;
+                        } else {
+                            // SAFETY: each was put, or pushed, in this loop.
+                            unsafe { slots.set_count(lent) };
+                            if !self.push_odd(slots, lent) {
+                                break;
+                            }
                         }
+                        lent += 1;
                     }
+                    // SAFETY: as above.
+                    unsafe { slots.set_count(lent) };
                 }
                 Err(lie) => self.side.broken(lie),
             }
@@ -323,7 +328,7 @@ impl ToGuest {
                 buffers.prefetch(at + AHEAD, Way::ToGuest);
             }
             let buffer = buffers.buffer(at);
-            if buffer.pieces != 0 || buffer.len < len + NET_HEADER {
+            if buffer.len < len + NET_HEADER {
                 break;
             }
             // SAFETY: the buffer has room for header and frame (just compared; a faulty one has length 0).
@@ -360,9 +365,8 @@ impl ToGuest {
                 filled.short = true;
                 return false;
             }
-            let buffer = self.side.buffers.buffer(last);
-            let size = self.size(buffer);
-            if last == first && (buffer.fault.is_some() || size < u64::from(NET_HEADER)) {
+            let size = self.size(last);
+            if last == first && size < u64::from(NET_HEADER) {
                 // Useless even for a header: back to the guest with length 0, and on to the next one.
                 self.written[first % BATCH] = 0;
                 filled.buffers += 1;
@@ -397,16 +401,12 @@ impl ToGuest {
         }
     }
 
-    fn size(&self, buffer: &Buffer) -> u64 {
-        if buffer.pieces == 0 {
-            return u64::from(buffer.len);
-        }
-        self.side
-            .buffers
-            .pieces(buffer)
-            .iter()
-            .map(|piece| u64::from(piece.len))
-            .sum()
+    /// Bytes that buffer `index` takes; 0 for one that cannot be used.
+    fn size(&self, index: usize) -> u64 {
+        let buffers = &self.side.buffers;
+        let pieces = buffers.pieces(index).iter();
+        let spread: u64 = pieces.map(|piece| u64::from(piece.len)).sum();
+        spread + u64::from(buffers.buffer(index).len)
     }
 
     /// Writes header and frame over all pieces of `buffers`, which together have room for them.
@@ -423,10 +423,9 @@ impl ToGuest {
                 at: buffer.at,
                 len: buffer.len,
             }];
-            let pieces = if buffer.pieces == 0 {
-                &alone[..]
-            } else {
-                self.side.buffers.pieces(&buffer)
+            let pieces = match self.side.buffers.pieces(number) {
+                [] => &alone[..],
+                several => several,
             };
             for piece in pieces {
                 let (mut to, mut room) = (piece.at, piece.len as usize);

@@ -1,7 +1,7 @@
 //! The buffers of one fetch: where the frames of a ring are, checked against the guest's memory.
 #![allow(unsafe_code)]
 
-use std::ptr;
+use std::ptr::{self, NonNull};
 
 use super::guest_mem::{GuestMem, Hit};
 use super::ring::{Desc, Lie, Way, flag, prefetch_read, prefetch_write};
@@ -39,27 +39,33 @@ pub struct Piece {
     pub len: u32,
 }
 
-/// One buffer of a ring: a checked piece of memory, or several.
+/// One buffer of a ring, checked. 16 bytes: what only few have stands elsewhere.
 #[derive(Clone, Copy, Debug)]
 pub struct Buffer {
     /// Its first byte, as mapped here.
     pub at: *mut u8,
-    /// Bytes at `at`.
+    /// Bytes at `at`; 0 if it is not simply one piece: see [`Buffers::pieces`] and [`Buffers::fault`].
     pub len: u32,
     /// Mapped bytes from `at` to the end of its region; at least `len`.
     pub room: u32,
-    /// All pieces, if there are several: `spill[from..from + pieces]`; 0 for a buffer in one piece.
-    pub pieces: u16,
-    /// See `pieces`.
-    pub from: u16,
-    /// Why it cannot be used.
-    pub fault: Option<Fault>,
 }
 
-pub(super) const NO_BUFFER: Buffer = Buffer {
+const NO_BUFFER: Buffer = Buffer {
     at: ptr::null_mut(),
     len: 0,
     room: 0,
+};
+
+/// What there is to a [`Buffer`] whose `len` is 0.
+#[derive(Clone, Copy, Debug)]
+struct Odd {
+    /// Its pieces: `spill[from..from + pieces]`; none if it is empty or cannot be used.
+    pieces: u16,
+    from: u16,
+    fault: Option<Fault>,
+}
+
+const EMPTY: Odd = Odd {
     pieces: 0,
     from: 0,
     fault: None,
@@ -67,7 +73,9 @@ pub(super) const NO_BUFFER: Buffer = Buffer {
 
 /// The buffers of one fetch.
 pub struct Buffers {
-    pub(super) list: [Buffer; BATCH],
+    list: [Buffer; BATCH],
+    /// Means something where `list` has length 0.
+    odd: [Odd; BATCH],
     spill: [Piece; BATCH * 8],
     spilled: usize,
     /// Descriptors of chains followed in this fetch.
@@ -82,6 +90,7 @@ impl Buffers {
     pub fn new() -> Box<Buffers> {
         Box::new(Buffers {
             list: [NO_BUFFER; BATCH],
+            odd: [EMPTY; BATCH],
             spill: [Piece {
                 at: ptr::null_mut(),
                 len: 0,
@@ -126,31 +135,69 @@ impl Buffers {
         }
     }
 
-    /// All pieces of a buffer that has several.
+    /// The pieces of buffer `index` if it has several; else none.
     #[inline]
-    pub fn pieces(&self, buffer: &Buffer) -> &[Piece] {
-        let from = usize::from(buffer.from);
-        self.spill
-            .get(from..from + usize::from(buffer.pieces))
-            .unwrap_or(&[])
+    pub fn pieces(&self, index: usize) -> &[Piece] {
+        let Some(odd) = self.odd(index) else {
+            return &[];
+        };
+        let from = usize::from(odd.from);
+        let pieces = self.spill.get(from..from + usize::from(odd.pieces));
+        debug_assert!(pieces.is_some(), "`Chain::end` put them there");
+        pieces.unwrap_or(&[])
     }
-}
 
-/// A buffer of one descriptor; the lines that will be used are on their way.
-#[inline]
-pub(super) fn one_piece(mem: &GuestMem, hit: &mut Hit, desc: &Desc) -> Buffer {
-    let Some(at) = mem.translate(hit, desc.addr, desc.len) else {
-        return Buffer {
-            fault: Some(Fault::BadAddress),
+    /// Why buffer `index` cannot be used, if it cannot.
+    #[inline]
+    pub fn fault(&self, index: usize) -> Option<Fault> {
+        self.odd(index)?.fault
+    }
+
+    #[inline]
+    fn odd(&self, index: usize) -> Option<&Odd> {
+        (self.buffer(index).len == 0).then(|| &self.odd[index % BATCH])
+    }
+
+    /// Makes buffer `index` of one descriptor.
+    #[inline]
+    pub(super) fn put(&mut self, index: usize, mem: &GuestMem, hit: &mut Hit, desc: &Desc) {
+        match mem.translate_again(hit, desc.addr, desc.len) {
+            Some(at) => self.put_piece(index, hit, at, desc.len),
+            None => self.put_other(index, mem, hit, desc),
+        }
+    }
+
+    /// The same for one that is in another region than the last one, empty, or outside the memory.
+    #[inline(never)]
+    fn put_other(&mut self, index: usize, mem: &GuestMem, hit: &mut Hit, desc: &Desc) {
+        match mem.translate(hit, desc.addr, desc.len) {
+            Some(at) if desc.len > 0 => self.put_piece(index, hit, at, desc.len),
+            Some(_) => self.put_odd(index, EMPTY),
+            None => self.put_fault(index, Fault::BadAddress),
+        }
+    }
+
+    /// `at` is what `translate` has just found with this `hit`.
+    #[inline]
+    fn put_piece(&mut self, index: usize, hit: &Hit, at: NonNull<u8>, len: u32) {
+        let at = at.as_ptr();
+        let room = hit.room(at);
+        self.list[index % BATCH] = Buffer { at, len, room };
+    }
+
+    fn put_fault(&mut self, index: usize, fault: Fault) {
+        let fault = Some(fault);
+        self.put_odd(index, Odd { fault, ..EMPTY });
+    }
+
+    fn put_odd(&mut self, index: usize, odd: Odd) {
+        let pieces = usize::from(odd.from)..usize::from(odd.from + odd.pieces);
+        let first = self.spill.get(pieces).and_then(<[Piece]>::first);
+        self.list[index % BATCH] = Buffer {
+            at: first.map_or(ptr::null_mut(), |piece| piece.at),
             ..NO_BUFFER
         };
-    };
-    let at = at.as_ptr();
-    Buffer {
-        at,
-        len: desc.len,
-        room: hit.room(at),
-        ..NO_BUFFER
+        self.odd[index % BATCH] = odd;
     }
 }
 
@@ -234,8 +281,8 @@ impl<'a> Chain<'a> {
         })
     }
 
-    /// The finished buffer.
-    pub(super) fn end(self) -> Result<Buffer, BatchFull> {
+    /// Makes buffer `index` of what was added.
+    pub(super) fn end(self, index: usize) -> Result<(), BatchFull> {
         let count = self.buffers.spilled - self.from;
         let full = self.buffers.spilled == self.buffers.spill.len();
         if let Some(fault) = self.fault {
@@ -243,21 +290,28 @@ impl<'a> Chain<'a> {
             if full && self.from != 0 {
                 return Err(BatchFull);
             }
-            return Ok(Buffer {
-                fault: Some(fault),
-                ..NO_BUFFER
-            });
+            self.buffers.put_fault(index, fault);
+            return Ok(());
         }
         match self.buffers.spill.get(self.from) {
-            Some(first) if count > 0 => Ok(Buffer {
-                at: first.at,
-                len: first.len,
-                room: first.len,
-                pieces: if count == 1 { 0 } else { count as u16 },
-                from: self.from as u16,
-                fault: None,
-            }),
-            _ => Ok(NO_BUFFER),
+            // One piece after all: empty links are none.
+            Some(&Piece { at, len }) if count == 1 => {
+                let room = len;
+                self.buffers.list[index % BATCH] = Buffer { at, len, room };
+            }
+            _ => {
+                let (pieces, from) = (count as u16, self.from as u16);
+                let fault = None;
+                self.buffers.put_odd(
+                    index,
+                    Odd {
+                        pieces,
+                        from,
+                        fault,
+                    },
+                );
+            }
         }
+        Ok(())
     }
 }

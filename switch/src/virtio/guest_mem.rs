@@ -202,14 +202,23 @@ impl GuestMem {
     #[inline]
     #[must_use]
     pub fn translate(&self, hit: &mut Hit, gpa: u64, len: u32) -> Option<NonNull<u8>> {
+        let again = self.translate_again(hit, gpa, len);
+        again.or_else(|| self.translate_miss(hit, gpa, len))
+    }
+
+    /// The same if the bytes lie in the region used last, and are not none: what is true of nearly all.
+    #[inline]
+    #[must_use]
+    pub fn translate_again(&self, hit: &Hit, gpa: u64, len: u32) -> Option<NonNull<u8>> {
         let at = gpa.wrapping_sub(hit.first);
-        // One branch: `&` rather than `&&`. The second difference means something only if the first test holds.
-        let inside = (at < hit.len) & (u64::from(len) <= hit.len.wrapping_sub(at));
+        // One branch: `&` rather than `&&`. The difference means something only if the first test holds. A length of 0 is no
+        // less than any.
+        let inside = (at < hit.len) & (u64::from(len).wrapping_sub(1) < hit.len.wrapping_sub(at));
         if inside & (hit.table == self.id) {
             // SAFETY: `at < hit.len`, and `hit` describes a region of this very table (`id`), mapped for `hit.len` bytes.
             return Some(unsafe { hit.host.add(at as usize) });
         }
-        self.translate_miss(hit, gpa, len)
+        None
     }
 
     #[inline(never)]

@@ -12,7 +12,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
-use super::buffers::{BATCH, BatchFull, Buffer, Buffers, Chain, one_piece};
+use super::buffers::{BATCH, BatchFull, Buffers, Chain};
 use super::guest_mem::{GuestMem, Hit};
 use super::ring::{
     BadSetup, Desc, Lie, RingSetup, Table, Way, feature, flag, full_fence, passed, prefetch_write,
@@ -198,7 +198,7 @@ impl PackedRing {
             // SAFETY: as in `flags`.
             let desc = unsafe { self.table.read(place.index) };
             let slots = if flags == place.available() | plain {
-                buffers.list[index % BATCH] = one_piece(&self.mem, &mut self.hit, &desc);
+                buffers.put(index, &self.mem, &mut self.hit, &desc);
                 self.ids[index % BATCH] = desc.third;
                 1
             } else if flags & (flag::AVAIL | flag::USED) != place.available()
@@ -207,11 +207,9 @@ impl PackedRing {
                 return Ok(index);
             } else {
                 let first = (place, flags, desc);
-                let (buffer, slots, id) = self.chain(buffers, first, left)?;
-                let Ok(buffer) = buffer else {
+                let (Ok(()), slots, id) = self.chain(buffers, index, first, left)? else {
                     return Ok(index);
                 };
-                buffers.list[index % BATCH] = buffer;
                 self.ids[index % BATCH] = id;
                 slots
             };
@@ -247,9 +245,10 @@ impl PackedRing {
     fn chain(
         &mut self,
         buffers: &mut Buffers,
+        index: usize,
         (mut place, mut flags, mut desc): (Place, u16, Desc),
         left: u16,
-    ) -> Result<(Result<Buffer, BatchFull>, u16, u16), Lie> {
+    ) -> Result<(Result<(), BatchFull>, u16, u16), Lie> {
         let (table, indirect) = (self.table, self.indirect);
         let mut chain = Chain::new(buffers, &self.mem, &mut self.hit, self.way);
         for slots in 1..=left {
@@ -259,11 +258,11 @@ impl PackedRing {
                     return Err(Lie::Indirect);
                 }
                 walk_indirect(&mut chain, &desc, self.way)?;
-                return Ok((chain.end(), slots, desc.third));
+                return Ok((chain.end(index), slots, desc.third));
             }
             chain.add(desc.addr, desc.len, flags)?;
             if flags & flag::NEXT == 0 {
-                return Ok((chain.end(), slots, desc.third));
+                return Ok((chain.end(index), slots, desc.third));
             }
             place = place.ahead(1, table.size);
             // SAFETY: `ahead` keeps `index < size`.

@@ -5,11 +5,12 @@
 //! u16 avail_event.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
-use super::buffers::{BATCH, BatchFull, Buffer, Buffers, CHAIN_MAX, Chain, one_piece};
+use super::buffers::{BATCH, BatchFull, Buffers, CHAIN_MAX, Chain};
 use super::guest_mem::{GuestMem, Hit};
 use super::ring::{
     BadSetup, Desc, Lie, RingSetup, Table, Way, feature, flag, full_fence, passed, prefetch_read,
@@ -152,7 +153,7 @@ impl SplitRing {
             // SAFETY: `head < size`, just checked.
             prefetch_read(unsafe { self.table.at(head) });
         }
-        // 2. Descriptors; the buffers' lines are on their way.
+        // 2. Descriptors.
         let plain = match self.way {
             Way::ToGuest => flag::WRITE,
             Way::FromGuest => 0,
@@ -161,16 +162,11 @@ impl SplitRing {
         for index in 0..count {
             // SAFETY: `head < size`, checked above, and again by the mask in case the processor guesses (Spectre).
             let desc = unsafe { self.table.read(self.heads[index] & mask) };
-            buffers.list[index] = if desc.third == plain {
-                one_piece(&self.mem, &mut self.hit, &desc)
-            } else if buffers.walked_enough() {
+            if desc.third == plain {
+                buffers.put(index, &self.mem, &mut self.hit, &desc);
+            } else if buffers.walked_enough() || self.chain(buffers, index, desc)?.is_err() {
                 return Ok(index);
-            } else {
-                match self.chain(buffers, desc)? {
-                    Ok(buffer) => buffer,
-                    Err(BatchFull) => return Ok(index),
-                }
-            };
+            }
         }
         Ok(count)
     }
@@ -218,8 +214,9 @@ impl SplitRing {
     fn chain(
         &mut self,
         buffers: &mut Buffers,
+        index: usize,
         first: Desc,
-    ) -> Result<Result<Buffer, BatchFull>, Lie> {
+    ) -> Result<Result<(), BatchFull>, Lie> {
         let (table, indirect) = (self.table, self.indirect);
         let mut chain = Chain::new(buffers, &self.mem, &mut self.hit, self.way);
         let mut desc = first;
@@ -230,11 +227,11 @@ impl SplitRing {
                     return Err(Lie::Indirect);
                 }
                 walk_indirect(&mut chain, &desc)?;
-                return Ok(chain.end());
+                return Ok(chain.end(index));
             }
             chain.add(desc.addr, desc.len, flags)?;
             if flags & flag::NEXT == 0 {
-                return Ok(chain.end());
+                return Ok(chain.end(index));
             }
             if desc.fourth >= table.size {
                 return Err(Lie::Index {
@@ -255,18 +252,15 @@ impl SplitRing {
             return;
         }
         debug_assert!(count <= BATCH);
+        let count = count.min(BATCH).min(usize::from(self.size));
+        let slot = usize::from(self.next & self.mask());
         if self.in_order && self.way == Way::FromGuest {
             // One element stands for the whole batch: the last buffer's, in the first slot (§2.7.9).
-            self.put_used(self.next, self.heads[(count - 1) % BATCH], 0);
+            self.put_used(slot, count - 1..count, &[]);
         } else {
-            for index in 0..count {
-                let len = written.get(index).copied().unwrap_or(0);
-                self.put_used(
-                    self.next.wrapping_add(index as u16),
-                    self.heads[index % BATCH],
-                    len,
-                );
-            }
+            let first = count.min(usize::from(self.size) - slot);
+            self.put_used(slot, 0..first, written);
+            self.put_used(0, first..count, written);
         }
         self.next = self.next.wrapping_add(count as u16);
         // Release: pairs with the guest's Acquire load of used.idx (§2.7.14): elements and buffers are written.
@@ -277,14 +271,25 @@ impl SplitRing {
         }
     }
 
+    /// Writes the used elements of some buffers one behind the other, beginning at `slot`: so several go with one store.
     #[inline]
-    fn put_used(&mut self, slot: u16, head: u16, len: u32) {
-        let slot = usize::from(slot & self.mask());
-        // SAFETY: slot < size; 4 + 8·size bytes are mapped at `used`, which is 4-aligned, so the pair is written as one
-        // possibly unaligned u64.
+    fn put_used(&mut self, slot: usize, buffers: Range<usize>, written: &[u32]) {
+        let written = written.get(buffers.start..).unwrap_or(&[]);
+        let heads = self.heads.get(buffers).unwrap_or(&[]);
+        let (with, without) = heads.split_at(heads.len().min(written.len()));
+        debug_assert!(slot + heads.len() <= usize::from(self.size));
+        // SAFETY: `complete` asks for no more elements than there are from `slot` to the ring's end; 4 + 8·size bytes are mapped
+        // at `used`, which is 4-aligned, so the pair is written as one possibly unaligned u64.
         unsafe {
-            let at = self.used.add(4 + 8 * slot).cast::<u64>();
-            ptr::write_unaligned(at, u64::from(head) | u64::from(len) << 32);
+            let mut at = self.used.add(4 + 8 * slot).cast::<u64>();
+            for (head, len) in with.iter().zip(written) {
+                ptr::write_unaligned(at, u64::from(*head) | u64::from(*len) << 32);
+                at = at.add(1);
+            }
+            for head in without {
+                ptr::write_unaligned(at, u64::from(*head));
+                at = at.add(1);
+            }
         }
     }
 

@@ -109,12 +109,12 @@ impl Rig {
     /// The pieces of fetched buffer `index` in guest addresses, or nothing if it has a fault. Checks every pointer.
     pub(super) fn pieces(&self, index: usize) -> Option<Vec<(u64, u32)>> {
         let buffer = self.buffers.buffer(index);
-        if buffer.fault.is_some() {
+        if self.buffers.fault(index).is_some() {
             return None;
         }
-        if buffer.pieces > 0 {
-            let pieces = self.buffers.pieces(buffer);
-            assert_eq!((buffer.at, buffer.len), (pieces[0].at, pieces[0].len));
+        let pieces = self.buffers.pieces(index);
+        if !pieces.is_empty() {
+            assert_eq!((buffer.at, buffer.len), (pieces[0].at, 0));
             return Some(
                 pieces
                     .iter()
