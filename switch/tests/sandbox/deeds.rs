@@ -192,7 +192,15 @@ pub(super) fn uplink(switch: &mut Switch) {
     );
 }
 
+/// To a port that nobody has any more. A program that a test beside this one starts holds copies of our descriptors until it is executed: the
+/// last guest's connection may stay open for a moment after we closed it, and whoever comes meanwhile is sent away.
 fn attach(switch: &mut Switch, name: &str, options: Options) -> (Guest, Vec<QueuePair>) {
+    switch.wait("the port is free", |switch| {
+        let free = [PortState::Listening, PortState::Connecting];
+        switch
+            .port(name)
+            .is_some_and(|port| free.contains(&port.state))
+    });
     let mut guest = Guest::new(options).expect("a guest");
     let pairs = guest.attach().expect("attached");
     switch.wait_state(name, PortState::Forwarding);
