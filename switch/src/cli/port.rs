@@ -8,8 +8,8 @@ use super::client::{Client, escape};
 use super::table::{Output, count, duration, size, table};
 use crate::control::spec::parse_port;
 use crate::control::state::{
-    Counters, Direction, PortSpec, PortStatus, QueueMove, QueueStatus, RingKind, SocketMode,
-    UplinkStatus,
+    Counters, Direction, PortSpec, PortState, PortStatus, QueueMove, QueueStatus, RingKind,
+    SocketMode, UplinkStatus,
 };
 
 /// What to do with ports.
@@ -70,12 +70,12 @@ pub(super) fn run(command: &PortCommand, client: &Client, output: Output) -> any
             )?;
             let added: PortStatus = client.post("/v1/ports", &spec)?;
             output.show(&added, |port| {
-                format!(
-                    "added port {:?}: {} at {}\n",
-                    port.spec.name,
-                    port.state,
-                    port.spec.place()
-                )
+                let (state, place) = (port.state, port.spec.place());
+                let at = match state {
+                    PortState::Connecting => "to",
+                    _ => "at",
+                };
+                format!("added port {:?}: {state} {at} {place}\n", port.spec.name)
             })
         }
         PortCommand::Del { name } => {

@@ -8,7 +8,7 @@ use super::api::Refusal;
 use super::port_handle::{FileId, SessionReport};
 use super::rings::{Claim, WayOut};
 use super::session::Session;
-use super::state::{Counters, PortSpec, PutOut};
+use super::state::{Counters, PortKind, PortSpec, PortState, PutOut, SocketMode};
 use super::status::{received, sent};
 use super::threads::WorkerHandle;
 use crate::dataplane::counters::QueueCounters;
@@ -144,7 +144,10 @@ impl State {
             generation: self.generations[number],
             domain: Domain(bridge as u16),
             pairs: pairs.collect(),
-            report: SessionReport::default(),
+            report: SessionReport {
+                state: first_state(spec),
+                ..SessionReport::default()
+            },
             since: Instant::now(),
             connects: 0,
             put_out: PutOut::default(),
@@ -176,6 +179,14 @@ fn guard(spec: &PortSpec) -> Option<Arc<Guard>> {
             floods: Rate::new(spec.floods),
         })
     })
+}
+
+/// Before the port's own thread has said anything.
+fn first_state(spec: &PortSpec) -> PortState {
+    match (spec.kind, spec.mode) {
+        (PortKind::VhostUser, SocketMode::Server) => PortState::Listening,
+        _ => PortState::Connecting,
+    }
 }
 
 /// The worker for a queue pair: the one asked for, or the next in turn.

@@ -70,9 +70,11 @@ pub(super) fn operate(switch: &mut Switch) {
         uid(),
         gid()
     ));
-    switch.command(&format!(
+    let added = switch.command(&format!(
         "port add vhost-user:theirs,socket={dir}/theirs,mode=client"
     ));
+    let connecting = format!("added port \"theirs\": connecting to {dir}/theirs\n");
+    assert_eq!(added, connecting);
     // The container listens: found by inotify, connected to by descriptor.
     let theirs = Options::new(switch.dir.join("theirs")).listen();
     let (guest, pairs) = attach(switch, "theirs", theirs);
