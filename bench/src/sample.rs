@@ -121,16 +121,32 @@ pub(crate) fn visit(
     client_version: &mut String,
 ) -> Result<Vec<Sample>> {
     switch.proc().resume()?;
+    let samples = with_a_client(rig, row, peer, round, switch, client_version);
+    // Also after an error: else it would poll beside the one that is measured next.
+    let paused = switch.proc().pause();
+    let samples = samples?;
+    paused?;
+    Ok(samples)
+}
+
+fn with_a_client(
+    rig: &Rig,
+    row: Row,
+    peer: &'static str,
+    round: u32,
+    switch: &mut dyn Switch,
+    client_version: &mut String,
+) -> Result<Vec<Sample>> {
     switch.prepare(&row)?;
     let mut client = switch.client(row, rig.cpus, &rig.directory)?;
     client.version().clone_into(client_version);
-    switch.settle(row.ports)?;
-    let samples = attempts(rig, row, peer, round, switch, &mut *client);
+    let samples = switch
+        .settle(row.ports)
+        .and_then(|()| attempts(rig, row, peer, round, switch, &mut *client));
     // Also after an error: the switch answers the client's farewell only while it runs.
     let _ = client.proc().resume();
     let _ = switch.proc().resume();
     client.leave();
-    switch.proc().pause()?;
     samples
 }
 
