@@ -316,11 +316,7 @@ fn port(
         domain: Domain(0),
         queues: vec![queue],
     };
-    let slot = RxSlot {
-        source,
-        queue: Box::new(from),
-    };
-    (exit, Box::new(slot))
+    (exit, Box::new(RxSlot::new(source, Box::new(from))))
 }
 
 fn run(row: &Row, time: Duration, hugepages: bool) -> Outcome {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use ringway::dataplane::counters::{QueueCounters, Reason, WorkerCounters};
 use ringway::dataplane::eth::Mac;
-use ringway::dataplane::fdb::{Fdb, FdbSettings, Key};
+use ringway::dataplane::fdb::{Fdb, FdbSettings, Flush, Key};
 use ringway::dataplane::mailbox::{Mailbox, QueueId, mailbox};
 use ringway::dataplane::port_set::{Domain, Exit, PortId, Topology};
 use ringway::dataplane::queue::TxQueue;
@@ -70,16 +70,7 @@ impl Rig {
                 tx: Arc::default(),
             })
             .collect();
-        let exits = ports.iter().zip(domains).map(|(port, domain)| {
-            let queue = shared::Shared::new(ToVec::new(port.out.clone(), room), port.tx.clone());
-            let queues: Vec<Arc<dyn TxQueue>> = vec![Arc::new(queue)];
-            Some(Exit {
-                generation: 1,
-                domain: Domain(*domain),
-                queues,
-            })
-        });
-        drop(mail.show(Arc::new(Topology::new(exits.collect()))).unwrap());
+        drop(mail.show(topology(&ports, domains, room, 1)).unwrap());
         for (number, (port, domain)) in ports.iter().zip(domains).enumerate() {
             let source = Source {
                 id: QueueId {
@@ -91,11 +82,8 @@ impl Rig {
                 counters: port.rx.clone(),
                 guard: None,
             };
-            mail.attach(Box::new(RxSlot {
-                source,
-                queue: Box::new(FromVec::new(port.into.clone())),
-            }))
-            .unwrap();
+            let queue = Box::new(FromVec::new(port.into.clone()));
+            mail.attach(Box::new(RxSlot::new(source, queue))).unwrap();
         }
         Rig {
             ports,
@@ -174,6 +162,20 @@ impl Drop for Rig {
             "the worker's books"
         );
     }
+}
+
+/// A picture of the ports, all in the hands of their `generation`-th owner.
+fn topology(ports: &[TestPort], domains: &[u16], room: usize, generation: u16) -> Arc<Topology> {
+    let exits = ports.iter().zip(domains).map(|(port, domain)| {
+        let queue = shared::Shared::new(ToVec::new(port.out.clone(), room), port.tx.clone());
+        let queues: Vec<Arc<dyn TxQueue>> = vec![Arc::new(queue)];
+        Some(Exit {
+            generation,
+            domain: Domain(*domain),
+            queues,
+        })
+    });
+    Arc::new(Topology::new(exits.collect()))
 }
 
 fn wire() -> Wire {
@@ -297,6 +299,60 @@ fn a_port_number_with_a_new_owner_gets_nothing_that_was_learnt_of_the_old_one() 
     rig.send(0, [frame(mac(6), mac(1), b"secret")]);
     assert!(rig.received(2).is_empty());
     assert_eq!(rig.dropped(0, Reason::PortDown), 1);
+}
+
+#[test]
+fn news_between_two_bursts_of_the_same_two_stations_counts_for_the_second() {
+    let domains = [0; 4];
+    let rig = Rig::new(&domains, 1000);
+    let fdb = &rig.shared.fdb;
+    let [here, there] = [2, 1].map(|station| Key::new(Domain(0), Mac::from_bytes(mac(station))));
+    let announce = |port, station| {
+        rig.send(port, [frame(BROADCAST, mac(station), b"")]);
+        (0..4).for_each(|port| drop(rig.received(port)));
+    };
+    // Frames that ports 1 to 3 get of a burst from port 0.
+    let burst = || {
+        rig.send(0, (0..3u8).map(|n| frame(mac(1), mac(2), &[n])));
+        [1, 2, 3].map(|port| rig.received(port).len())
+    };
+    announce(1, 1);
+    assert_eq!([burst(), burst(), burst()], [[3, 0, 0]; 3]);
+    announce(2, 1);
+    assert_eq!([burst(), burst()], [[0, 3, 0]; 2], "moved");
+    fdb.flush(Flush::All);
+    assert_eq!([burst(), burst()], [[3, 3, 3]; 2], "flushed");
+    fdb.add_static(there, PortId(3), 1).unwrap();
+    assert_eq!([burst(), burst()], [[0, 0, 3]; 2], "static");
+    fdb.remove(there);
+    assert_eq!([burst(), burst()], [[3, 3, 3]; 2], "removed");
+    announce(1, 1);
+    assert_eq!([burst(), burst()], [[3, 0, 0]; 2], "back again");
+    // The sender is heard elsewhere, and then here.
+    announce(3, 2);
+    assert_eq!([burst(), burst()], [[3, 0, 0]; 2]);
+    let port = |key| fdb.lookup(key, fdb.hash(key)).unwrap().port;
+    assert_eq!(port(here), PortId(0), "it has moved back");
+    // A new second: the sender is heard once more, the receiver is not.
+    rig.shared.seconds.store(20, Relaxed);
+    assert_eq!([burst(), burst()], [[3, 0, 0]; 2]);
+    assert_eq!(fdb.age(25, 10), 1);
+    assert_eq!([burst(), burst()], [[3, 3, 3]; 2], "the receiver has aged");
+    announce(1, 1);
+    assert_eq!([burst(), burst()], [[3, 0, 0]; 2]);
+    // The sender belongs to another port for good.
+    fdb.add_static(here, PortId(3), 1).unwrap();
+    assert_eq!([burst(), burst()], [[0, 0, 0]; 2]);
+    assert_eq!(rig.dropped(0, Reason::Spoofed), 6);
+    fdb.remove(here);
+    assert_eq!([burst(), burst()], [[3, 0, 0]; 2]);
+    // All ports have new owners.
+    drop(
+        rig.mail
+            .show(topology(&rig.ports, &domains, 1000, 2))
+            .unwrap(),
+    );
+    assert_eq!([burst(), burst()], [[3, 3, 3]; 2], "nothing is inherited");
 }
 
 #[test]

@@ -212,7 +212,7 @@ impl Port {
             counters: entry.rx.clone(),
             guard: self.guard.clone(),
         };
-        Some((entry.worker, Box::new(RxSlot { source, queue })))
+        Some((entry.worker, Box::new(RxSlot::new(source, queue))))
     }
 }
 

@@ -39,6 +39,7 @@
 
 mod bucket;
 mod forget;
+mod path;
 mod place;
 mod station;
 
@@ -48,6 +49,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use crossbeam::utils::{Backoff, CachePadded};
 
 use self::bucket::{Bucket, Probe, Record, Seen, probe_both};
+pub use self::path::Path;
 pub use self::station::{FdbStats, Flush, Key, Learned, StaticError, Station};
 use super::port_set::{PORTS_MAX, PortId};
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::clock::tsc;
 use super::counters::{QueueCounters, Reason, WorkerCounters};
 use super::eth;
-use super::fdb::{Fdb, Hash, Key, Learned, Station};
+use super::fdb::{Fdb, Hash, Key, Learned, Path, Station};
 use super::frame::{BURST_MAX, Burst, Head, Slots};
 use super::guard::Guard;
 use super::mailbox::{Letter, QueueId, Slot};
@@ -32,6 +32,19 @@ pub struct RxSlot {
     pub source: Source,
     /// The queue.
     pub queue: Box<dyn RxQueue>,
+    /// The way of the last burst that was all between two known stations.
+    path: Option<Path>,
+}
+
+impl RxSlot {
+    /// A queue from which nothing has come yet.
+    pub fn new(source: Source, queue: Box<dyn RxQueue>) -> RxSlot {
+        RxSlot {
+            source,
+            queue,
+            path: None,
+        }
+    }
 }
 
 /// The port a queue belongs to.
@@ -204,9 +217,14 @@ impl Worker {
     /// One turn of one queue; returns the frames taken.
     #[inline]
     fn turn(&mut self, index: u16) -> usize {
-        let Some(RxSlot { source: rx, queue }) = self.schedule.slot(index) else {
+        let Some(slot) = self.schedule.slot(index) else {
             return 0;
         };
+        let RxSlot {
+            source: rx,
+            queue,
+            path,
+        } = slot;
 
         // 1. Lend.
         let burst = queue.lend(&mut self.slots);
@@ -221,7 +239,7 @@ impl Worker {
         };
 
         // 2. Decide, the whole burst. A flood that would take too long is cut; its frames stay where they are.
-        let one = way.one_exit(&burst, rx);
+        let one = way.one_exit(&burst, rx, path);
         let floods = match one {
             Some(_) => 0,
             None => way.decide(&burst, rx, &mut self.verdicts),
@@ -345,7 +363,7 @@ struct Way<'a> {
 impl Way<'_> {
     /// The port that all frames of the burst go to, if they are between the same two stations: one look-up for all of them.
     #[inline]
-    fn one_exit(&self, burst: &Burst<'_>, rx: &Source) -> Option<PortId> {
+    fn one_exit(&self, burst: &Burst<'_>, rx: &Source, path: &mut Option<Path>) -> Option<PortId> {
         let first = burst.heads().first()?;
         let mut same = true;
         for (index, head) in burst.heads().iter().enumerate() {
@@ -354,7 +372,20 @@ impl Way<'_> {
         if !same {
             return None;
         }
-        let verdict = self.look_up(first, rx, self.shared.seconds.load(Relaxed));
+        let (fdb, now) = (&self.shared.fdb, self.shared.seconds.load(Relaxed));
+        let from = Key::new(rx.domain, eth::source(first));
+        let to = Key::new(rx.domain, eth::destination(first));
+        let known = path
+            .as_ref()
+            .and_then(|path| fdb.recall(path, from, to, now));
+        let known = known.or_else(|| {
+            *path = fdb.path(from, to, rx.id.port, rx.generation, now);
+            path.map(|path| path.station())
+        });
+        let verdict = match known {
+            Some(station) => self.way_to(station, rx),
+            None => self.look_up(first, rx, now),
+        };
         (verdict < FLOOD).then_some(PortId(verdict as u16))
     }
 
@@ -411,9 +442,15 @@ impl Way<'_> {
             };
         }
         let key = Key::new(rx.domain, to);
-        let Some(station) = fdb.lookup(key, fdb.hash(key)) else {
-            return FLOOD;
-        };
+        match fdb.lookup(key, fdb.hash(key)) {
+            Some(station) => self.way_to(station, rx),
+            None => FLOOD,
+        }
+    }
+
+    /// A frame's way to a station that is known.
+    #[inline]
+    fn way_to(&self, station: Station, rx: &Source) -> Verdict {
         if station.port == rx.id.port {
             return DROP | Reason::Hairpin as u32;
         }

@@ -36,6 +36,7 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
         ..FdbSettings::default()
     });
     let (mut model, mut now) = (HashMap::<u64, Place>::new(), 1u32);
+    let mut paths = Vec::new();
     for step in data.chunks_exact(4) {
         let number =
             u64::from(step[1]) | u64::from(step[2] & 1) << 8 | u64::from(step[2] >> 7) << 16;
@@ -51,7 +52,12 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
                 Learned::Static => assert!(model.get(&number).is_some_and(|place| place.2)),
                 Learned::Full | Learned::Busy => {}
             },
-            150..=199 => check(&fdb, &model, number),
+            150..=189 => check(&fdb, &model, number),
+            190..=199 => {
+                let to = self::key(u64::from(step[3]));
+                let path = fdb.path(key, to, PortId(port), owner, now);
+                paths.extend(path.map(|path| (number, (port, owner), u64::from(step[3]), path)));
+            }
             200..=209 => {
                 if fdb.add_static(key, PortId(port), owner).is_ok() {
                     model.insert(number, (port, owner, true));
@@ -81,6 +87,14 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
             }
         }
         check(&fdb, &model, number);
+        for (from, heard, to, path) in &paths {
+            if let Some(station) = fdb.recall(path, self::key(*from), self::key(*to), now) {
+                let place = (station.port.0, station.generation, station.is_static);
+                assert_eq!(model.get(to), Some(&place), "the path's receiver");
+                let sender = model.get(from).map(|place| (place.0, place.1));
+                assert_eq!(sender, Some(*heard), "the path's sender");
+            }
+        }
     }
     assert!(fdb.len() <= fdb.capacity());
     let mut count = 0;

@@ -23,7 +23,7 @@ const SPILLED: u64 = 1 << 16;
 const VERSION: u64 = 1 << 32;
 
 /// Times a writer has claimed the bucket (modulo 2^32), which slots hold stations, who is spilled.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Head(u64);
 
 impl Head {
@@ -132,6 +132,14 @@ impl Bucket {
                 spilled: head.spilled() > 0,
             }
         }
+    }
+
+    /// What every writer changes, before and after: a `probe` after this finds the same as long as this is the same. (The version
+    /// comes around after 2^32 claims: no such answer may be kept for longer than seconds.)
+    #[inline]
+    pub(super) fn head(&self) -> Head {
+        // Relaxed: the `probe` after it acquires this head or a newer one. Who compares it later acts on nothing else that is here.
+        Head(self.head.load(Relaxed))
     }
 
     /// The slot where `key` is if it is here at all. Without a branch: which slot it is nobody can predict, and a wrong guess

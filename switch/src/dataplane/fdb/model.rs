@@ -223,6 +223,29 @@ fn a_station_that_is_pushed_to_its_second_bucket_is_met_in_one_of_the_two() {
 }
 
 #[test]
+fn what_was_found_under_a_head_that_is_still_the_same_is_still_true() {
+    explore(|| {
+        let bucket = Arc::new(Bucket::default());
+        put(&bucket, 1, record(1, 0));
+        let writer = {
+            let bucket = Arc::clone(&bucket);
+            thread::spawn(move || {
+                bucket
+                    .claim()
+                    .expect("one writer")
+                    .relocate(1, record(1, 1).station, 0);
+            })
+        };
+        let head = bucket.head();
+        let found = place(&bucket, 1);
+        writer.join().unwrap();
+        if head == bucket.head() && found != Err(()) {
+            assert_eq!(found, Ok(Some(1)), "the station has moved");
+        }
+    });
+}
+
+#[test]
 fn a_station_placed_by_one_writer_and_moved_by_another_does_not_lend_its_place_to_the_one_before() {
     explore(|| {
         let bucket = Arc::new(Bucket::default());

@@ -470,9 +470,63 @@ fn two_learners_and_a_sweeper_leave_a_consistent_table() {
     fdb.assert_consistent();
 }
 
+#[test]
+fn a_path_is_recalled_for_its_two_stations_within_its_second() {
+    let fdb = Fdb::new(settings(1000));
+    let (from, to, other) = (key(1), key(2), key(3));
+    assert!(fdb.path(from, to, BLUE, 1, 7).is_none(), "both are unknown");
+    fdb.hear(from, BLUE, 7);
+    assert!(fdb.path(from, to, BLUE, 1, 7).is_none(), "the receiver is");
+    fdb.hear(to, RED, 7);
+    assert!(fdb.path(from, to, RED, 1, 7).is_none(), "it has moved");
+    assert!(fdb.path(from, to, BLUE, 2, 7).is_none(), "the next owner");
+    let path = fdb.path(from, to, BLUE, 1, 7).unwrap();
+    assert_eq!(path.station().port, RED);
+    assert_eq!(fdb.recall(&path, from, to, 7), Some(path.station()));
+    for (from, to) in [(from, other), (other, to), (to, from)] {
+        assert_eq!(fdb.recall(&path, from, to, 7), None);
+    }
+    assert_eq!(fdb.recall(&path, from, to, 8), None, "its stamp is due");
+    assert_eq!((fdb.age(20, 13), fdb.len()), (2, 0), "heard at 7, both");
+}
+
+#[test]
+fn a_path_stamps_its_sender_and_no_other() {
+    let fdb = Fdb::new(settings(1000));
+    fdb.hear(key(1), BLUE, 7);
+    fdb.hear(key(2), RED, 7);
+    assert!(fdb.path(key(1), key(2), BLUE, 1, 9).is_some());
+    let mut ages = HashMap::new();
+    fdb.for_each(10, |key, _, age| assert!(ages.insert(key, age).is_none()));
+    assert_eq!(ages, HashMap::from([(key(1), 1), (key(2), 3)]));
+}
+
+#[test]
+fn a_path_is_void_after_any_news_of_its_stations() {
+    let news: [fn(&Fdb); 8] = [
+        |fdb| assert_eq!(fdb.hear(key(1), RED, 7), Learned::Moved),
+        |fdb| assert_eq!(fdb.hear(key(2), BLUE, 7), Learned::Moved),
+        |fdb| assert!(fdb.remove(key(1))),
+        |fdb| assert!(fdb.remove(key(2))),
+        |fdb| assert_eq!(fdb.flush(Flush::Port(BLUE)), 1),
+        |fdb| assert_eq!(fdb.flush(Flush::Gone(RED)), 1),
+        |fdb| fdb.add_static(key(1), RED, 1).unwrap(),
+        |fdb| fdb.add_static(key(2), RED, 1).unwrap(),
+    ];
+    for (number, news) in news.into_iter().enumerate() {
+        let fdb = Fdb::new(settings(1000));
+        fdb.hear(key(1), BLUE, 7);
+        fdb.hear(key(2), RED, 7);
+        let path = fdb.path(key(1), key(2), BLUE, 1, 7).unwrap();
+        news(&fdb);
+        assert_eq!(fdb.recall(&path, key(1), key(2), 7), None, "{number}");
+    }
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Hear(u64, u16),
+    Frame(u64, u64),
     Pin(u64, u16),
     Remove(u64),
     Tick(u32),
@@ -490,6 +544,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     ];
     let step = prop_oneof![
         20 => (station.clone(), port.clone()).prop_map(|(n, port)| Step::Hear(n, port)),
+        10 => (station.clone(), station.clone()).prop_map(|(from, to)| Step::Frame(from, to)),
         1 => (station.clone(), port).prop_map(|(n, port)| Step::Pin(n, port)),
         2 => station.prop_map(Step::Remove),
         4 => (0..200u32).prop_map(Step::Tick),
@@ -505,6 +560,7 @@ proptest! {
     fn the_table_does_what_a_hash_map_does(steps in steps(), mut now in any::<u32>()) {
         let fdb = Fdb::with_buckets(settings(128), 32);
         let mut model: HashMap<Key, (Station, u32)> = HashMap::new();
+        let mut paths = Vec::new();
         let key = |n: u64| Key::new(Domain((n % 3) as u16), key(n).mac());
         for step in steps {
             match step {
@@ -521,6 +577,14 @@ proptest! {
                     let same = told == expected || expected == Learned::Known && told == Learned::Refreshed;
                     prop_assert!(same, "{told:?}, not {expected:?}");
                     model.entry(key(n)).and_modify(|old| if !old.0.is_static { *old = (heard, now) }).or_insert((heard, now));
+                }
+                Step::Frame(from, to) => {
+                    let Some((heard, stamp)) = model.get_mut(&key(from)) else { continue };
+                    if !heard.is_static {
+                        *stamp = now;
+                    }
+                    fdb.learn(key(from), fdb.hash(key(from)), heard.port, 7, now);
+                    paths.extend(fdb.path(key(from), key(to), heard.port, 7, now).map(|path| (from, *heard, to, path)));
                 }
                 Step::Pin(n, port) => {
                     fdb.add_static(key(n), PortId(port), 7).unwrap();
@@ -547,6 +611,14 @@ proptest! {
             for n in 0..60 {
                 let found = fdb.lookup(key(n), fdb.hash(key(n)));
                 prop_assert_eq!(found, model.get(&key(n)).map(|(station, _)| *station));
+            }
+            // A path that is recalled is what both look-ups would say, and its sender's stamp is not due.
+            for (from, heard, to, path) in &paths {
+                if let Some(station) = fdb.recall(path, key(*from), key(*to), now) {
+                    prop_assert_eq!(model.get(&key(*to)).map(|(station, _)| *station), Some(station));
+                    let sender = model.get(&key(*from)).copied();
+                    prop_assert!(sender.is_some_and(|sender| sender.0 == *heard && (heard.is_static || sender.1 == now)));
+                }
             }
         }
         let mut shown = HashMap::new();
