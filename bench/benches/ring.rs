@@ -84,8 +84,8 @@ fn forward(from: &mut Line, to: &mut Line, bufs: &mut (Box<Buffers>, Box<Buffers
     let mut written = [0; BATCH];
     let prefetch = |index: usize| {
         if index < count {
-            bufs.0.prefetch(index, Way::FromGuest);
-            bufs.1.prefetch(index, Way::ToGuest);
+            bufs.0.buffer(index).prefetch(Way::FromGuest);
+            bufs.1.buffer(index).prefetch(Way::ToGuest);
         }
     };
     (0..AHEAD).for_each(prefetch);

@@ -53,8 +53,8 @@ impl Side {
     /// Starts to fetch the first of `count` buffers.
     #[inline]
     fn prefetch(&self, count: usize, way: Way) {
-        for index in 0..count.min(AHEAD) {
-            self.buffers.prefetch(index, way);
+        for buffer in self.buffers.first(count.min(AHEAD)) {
+            buffer.prefetch(way);
         }
     }
 
@@ -118,6 +118,38 @@ impl FromGuest {
         (self.side.ring, self.side.call, self.kick)
     }
 
+    /// Lends the `count` frames that were fetched.
+    #[inline]
+    fn push(&self, slots: &mut Slots, count: usize) {
+        self.side.prefetch(count, Way::FromGuest);
+        let buffers = self.side.buffers.first(count);
+        let mut lent = 0;
+        for (index, buffer) in buffers.iter().enumerate() {
+            if let Some(later) = buffers.get(index + AHEAD) {
+                later.prefetch(Way::FromGuest);
+            }
+            let len = buffer.len.wrapping_sub(NET_HEADER);
+            // A length of 0, or below the header's, wraps to more than any `frame_max`.
+            if len.wrapping_sub(1) < self.frame_max {
+                // SAFETY: `len + 12 <= room` bytes are mapped at `at` (checked by the ring) as long as the ring lives;
+                // `index < BURST_MAX`.
+                unsafe {
+                    let at = buffer.at.add(NET_HEADER as usize);
+                    slots.put(index, at, len, buffer.room - NET_HEADER);
+                }
+            } else {
+                // SAFETY: each was put, or pushed, in this loop.
+                unsafe { slots.set_count(index) };
+                if !self.push_odd(slots, index) {
+                    return;
+                }
+            }
+            lent = index + 1;
+        }
+        // SAFETY: as above.
+        unsafe { slots.set_count(lent) };
+    }
+
     /// A buffer that is not simply one piece with a header and a frame in it. False: the burst is full.
     #[cold]
     fn push_odd(&self, slots: &mut Slots, index: usize) -> bool {
@@ -173,36 +205,7 @@ impl RxQueue for FromGuest {
         slots.clear();
         if !self.side.poison.is_set() {
             match self.side.ring.fetch(&mut self.side.buffers, BURST_MAX) {
-                Ok(count) => {
-                    self.side.prefetch(count, Way::FromGuest);
-                    let buffers = &*self.side.buffers;
-                    let mut lent = 0;
-                    while lent < count {
-                        if lent + AHEAD < count {
-                            buffers.prefetch(lent + AHEAD, Way::FromGuest);
-                        }
-                        let buffer = buffers.buffer(lent);
-                        let len = buffer.len.wrapping_sub(NET_HEADER);
-                        // A length of 0, or below the header's, wraps to more than any `frame_max`.
-                        if len.wrapping_sub(1) < self.frame_max {
-                            // SAFETY: `len + 12 <= room` bytes are mapped at `at` (checked by the ring) as long as the
-                            // ring lives; `lent < BURST_MAX`.
-                            unsafe {
-                                let at = buffer.at.add(NET_HEADER as usize);
-                                slots.put(lent, at, len, buffer.room - NET_HEADER);
-                            }
-                        } else {
-                            // SAFETY: each was put, or pushed, in this loop.
-                            unsafe { slots.set_count(lent) };
-                            if !self.push_odd(slots, lent) {
-                                break;
-                            }
-                        }
-                        lent += 1;
-                    }
-                    // SAFETY: as above.
-                    unsafe { slots.set_count(lent) };
-                }
+                Ok(count) => self.push(slots, count),
                 Err(lie) => self.side.broken(lie),
             }
         } else {
@@ -319,15 +322,16 @@ impl ToGuest {
         count: usize,
         filled: &mut Filled,
     ) {
-        let buffers = &*self.side.buffers;
+        let buffers = self.side.buffers.first(count);
         let (mut left, mut at, mut bytes) = (*picks, filled.buffers, 0);
-        while left != 0 && at < count {
+        while let Some(buffer) = buffers.get(at)
+            && left != 0
+        {
             let index = left.trailing_zeros() as usize;
             let len = burst.frame_len(index);
-            if at + AHEAD < count {
-                buffers.prefetch(at + AHEAD, Way::ToGuest);
+            if let Some(later) = buffers.get(at + AHEAD) {
+                later.prefetch(Way::ToGuest);
             }
-            let buffer = buffers.buffer(at);
             if buffer.len < len + NET_HEADER {
                 break;
             }

@@ -1,9 +1,10 @@
 //! The buffers of one fetch: where the frames of a ring are, checked against the guest's memory.
 #![allow(unsafe_code)]
 
-use std::ptr::{self, NonNull};
+use std::ops::Range;
+use std::ptr;
 
-use super::guest_mem::{GuestMem, Hit};
+use super::guest_mem::{GuestMem, Hit, Window};
 use super::ring::{Desc, Lie, Way, flag, prefetch_read, prefetch_write};
 
 /// Buffers per fetch.
@@ -48,6 +49,38 @@ pub struct Buffer {
     pub len: u32,
     /// Mapped bytes from `at` to the end of its region; at least `len`.
     pub room: u32,
+}
+
+impl Buffer {
+    /// Makes this the buffer of one descriptor, if that lies in `window` and is not empty.
+    #[inline]
+    pub(super) fn put(&mut self, window: &Window, desc: &Desc) -> bool {
+        let Some((at, room)) = window.translate(desc.addr, desc.len) else {
+            return false;
+        };
+        *self = Buffer {
+            at: at.as_ptr(),
+            len: desc.len,
+            room,
+        };
+        true
+    }
+
+    /// Starts to fetch what a frame in this buffer needs: its first bytes, and in a receive ring the header. Ask for
+    /// [`AHEAD`] buffers first, then for one more with each that is used: more at once than the processor can have under
+    /// way are lost.
+    #[inline]
+    pub fn prefetch(&self, way: Way) {
+        // DPDK puts the header before a line's end and the frame's first byte at the next line's start.
+        let payload = self.at.wrapping_add(NET_HEADER as usize);
+        match way {
+            Way::FromGuest => prefetch_read(payload),
+            Way::ToGuest => {
+                prefetch_read(self.at); // mostly right already, see `put_header` in `port/vhost.rs`
+                prefetch_write(payload);
+            }
+        }
+    }
 }
 
 const NO_BUFFER: Buffer = Buffer {
@@ -118,21 +151,10 @@ impl Buffers {
         &self.list[index % BATCH]
     }
 
-    /// Starts to fetch what a frame in buffer `index` needs: its first bytes, and in a receive ring the header. Ask for
-    /// [`AHEAD`] buffers first, then for one more with each that is used: more at once than the processor can have under
-    /// way are lost.
+    /// The first `count` buffers of the last fetch.
     #[inline]
-    pub fn prefetch(&self, index: usize, way: Way) {
-        let at = self.buffer(index).at;
-        // DPDK puts the header before a line's end and the frame's first byte at the next line's start.
-        let payload = at.wrapping_add(NET_HEADER as usize);
-        match way {
-            Way::FromGuest => prefetch_read(payload),
-            Way::ToGuest => {
-                prefetch_read(at); // mostly right already, see `put_header` in `port/vhost.rs`
-                prefetch_write(payload);
-            }
-        }
+    pub fn first(&self, count: usize) -> &[Buffer] {
+        self.list.get(..count).unwrap_or(&self.list)
     }
 
     /// The pieces of buffer `index` if it has several; else none.
@@ -158,31 +180,22 @@ impl Buffers {
         (self.buffer(index).len == 0).then(|| &self.odd[index % BATCH])
     }
 
-    /// Makes buffer `index` of one descriptor.
+    /// Where some buffers of this fetch go.
     #[inline]
-    pub(super) fn put(&mut self, index: usize, mem: &GuestMem, hit: &mut Hit, desc: &Desc) {
-        match mem.translate_again(hit, desc.addr, desc.len) {
-            Some(at) => self.put_piece(index, hit, at, desc.len),
-            None => self.put_other(index, mem, hit, desc),
-        }
+    pub(super) fn places(&mut self, range: Range<usize>) -> &mut [Buffer] {
+        self.list.get_mut(range).unwrap_or(&mut [])
     }
 
-    /// The same for one that is in another region than the last one, empty, or outside the memory.
-    #[inline(never)]
-    fn put_other(&mut self, index: usize, mem: &GuestMem, hit: &mut Hit, desc: &Desc) {
+    /// Makes buffer `index` of one descriptor, wherever it points.
+    pub(super) fn put(&mut self, index: usize, mem: &GuestMem, hit: &mut Hit, desc: &Desc) {
         match mem.translate(hit, desc.addr, desc.len) {
-            Some(at) if desc.len > 0 => self.put_piece(index, hit, at, desc.len),
-            Some(_) => self.put_odd(index, EMPTY),
+            Some(_) if desc.len == 0 => self.put_odd(index, EMPTY),
+            Some(_) => {
+                let found = self.list[index % BATCH].put(&mem.window(hit), desc);
+                debug_assert!(found, "`translate` has just been there");
+            }
             None => self.put_fault(index, Fault::BadAddress),
         }
-    }
-
-    /// `at` is what `translate` has just found with this `hit`.
-    #[inline]
-    fn put_piece(&mut self, index: usize, hit: &Hit, at: NonNull<u8>, len: u32) {
-        let at = at.as_ptr();
-        let room = hit.room(at);
-        self.list[index % BATCH] = Buffer { at, len, room };
     }
 
     fn put_fault(&mut self, index: usize, fault: Fault) {

@@ -124,13 +124,30 @@ impl Default for Hit {
     }
 }
 
-impl Hit {
-    /// Mapped bytes from `at` to the end of the region, at most `u32::MAX`, for the address of the last successful `translate`.
+/// One region of a guest's memory, good as long as its table is held.
+#[derive(Clone, Copy, Debug)]
+pub struct Window {
+    first: u64,
+    /// 0 if there is none.
+    len: u64,
+    host: NonNull<u8>,
+}
+
+impl Window {
+    /// As [`GuestMem::translate`] if the bytes lie in this region and are not none: what is true of nearly all. Besides: the
+    /// mapped bytes from there to the end of the region, at most `u32::MAX`.
     #[inline]
     #[must_use]
-    pub fn room(&self, at: *const u8) -> u32 {
-        let offset = at.addr().wrapping_sub(self.host.as_ptr().addr()) as u64;
-        u32::try_from(self.len.saturating_sub(offset)).unwrap_or(u32::MAX)
+    pub fn translate(&self, gpa: u64, len: u32) -> Option<(NonNull<u8>, u32)> {
+        let at = gpa.wrapping_sub(self.first);
+        let room = self.len.wrapping_sub(at);
+        // One branch: `&` rather than `&&`. The second test means something only if the first holds. A length of 0 is no less than any.
+        if (at < self.len) & (u64::from(len).wrapping_sub(1) < room) {
+            // SAFETY: `at < self.len`, and this is a region of a table that the caller holds, mapped for `self.len` bytes.
+            let host = unsafe { self.host.add(at as usize) };
+            return Some((host, u32::try_from(room).unwrap_or(u32::MAX)));
+        }
+        None
     }
 }
 
@@ -202,23 +219,19 @@ impl GuestMem {
     #[inline]
     #[must_use]
     pub fn translate(&self, hit: &mut Hit, gpa: u64, len: u32) -> Option<NonNull<u8>> {
-        let again = self.translate_again(hit, gpa, len);
-        again.or_else(|| self.translate_miss(hit, gpa, len))
+        let again = self.window(hit).translate(gpa, len);
+        again.map_or_else(|| self.translate_miss(hit, gpa, len), |(at, _)| Some(at))
     }
 
-    /// The same if the bytes lie in the region used last, and are not none: what is true of nearly all.
+    /// The region used last, for a loop that keeps it in registers.
     #[inline]
     #[must_use]
-    pub fn translate_again(&self, hit: &Hit, gpa: u64, len: u32) -> Option<NonNull<u8>> {
-        let at = gpa.wrapping_sub(hit.first);
-        // One branch: `&` rather than `&&`. The difference means something only if the first test holds. A length of 0 is no
-        // less than any.
-        let inside = (at < hit.len) & (u64::from(len).wrapping_sub(1) < hit.len.wrapping_sub(at));
-        if inside & (hit.table == self.id) {
-            // SAFETY: `at < hit.len`, and `hit` describes a region of this very table (`id`), mapped for `hit.len` bytes.
-            return Some(unsafe { hit.host.add(at as usize) });
+    pub fn window(&self, hit: &Hit) -> Window {
+        Window {
+            first: hit.first,
+            len: if hit.table == self.id { hit.len } else { 0 },
+            host: hit.host,
         }
-        None
     }
 
     #[inline(never)]

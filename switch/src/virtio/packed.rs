@@ -9,6 +9,7 @@
 //! the next one to use. A buffer id is echoed and means nothing here.
 #![allow(unsafe_code)] // pointers into a guest's memory, checked once in `new`
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
@@ -103,6 +104,16 @@ pub(super) fn told(area: u32, event_idx: bool, new: Place, since: u16, size: u16
     }
 }
 
+/// The flags of a descriptor.
+///
+/// # Safety
+/// `index < table.size`.
+#[inline]
+unsafe fn flags_at<'a>(table: Table, index: u16) -> &'a AtomicU16 {
+    // SAFETY: the caller's promise; the flags are the last two bytes of sixteen. An atomic may be changed by others at any time.
+    unsafe { &*table.at(index).add(14).cast::<AtomicU16>() }
+}
+
 /// A packed ring, used by one thread at a time.
 pub struct PackedRing {
     pub(super) mem: Arc<GuestMem>,
@@ -126,6 +137,8 @@ pub struct PackedRing {
     ids: [u16; BATCH],
     /// Descriptors each of them takes in the ring.
     slots: [u16; BATCH],
+    /// Each of them takes one.
+    alone: bool,
 }
 
 // SAFETY: the pointers go into memory that `mem` keeps mapped; the ring is used by one thread at a time (`&mut self`).
@@ -157,6 +170,7 @@ impl PackedRing {
             plenty: false,
             ids: [0; BATCH],
             slots: [0; BATCH],
+            alone: true,
             mem: setup.mem,
         };
         ring.disarm();
@@ -166,8 +180,17 @@ impl PackedRing {
     /// The flags of the descriptor at `place`.
     #[inline]
     fn flags(&self, place: Place) -> &AtomicU16 {
-        // SAFETY: every place is made by `new` or `ahead`, so `index < size`; a descriptor's flags are its last two bytes.
-        unsafe { &*self.table.at(place.index).add(14).cast::<AtomicU16>() }
+        // SAFETY: every place is made by `new` or `ahead`, so `index < size`.
+        unsafe { flags_at(self.table, place.index) }
+    }
+
+    /// The flags of an available descriptor that stands alone.
+    #[inline]
+    fn plain(&self, place: Place) -> u16 {
+        match self.way {
+            Way::ToGuest => place.available() | flag::WRITE,
+            Way::FromGuest => place.available(),
+        }
     }
 
     /// The event areas: the driver's, ours.
@@ -180,48 +203,107 @@ impl PackedRing {
     #[inline]
     pub(super) fn fetch(&mut self, buffers: &mut Buffers, most: usize) -> Result<usize, Lie> {
         let size = self.table.size;
-        let plain = match self.way {
-            Way::ToGuest => flag::WRITE,
-            Way::FromGuest => 0,
-        };
         buffers.begin();
-        let (mut place, mut left) = (self.next, size);
+        self.alone = true;
         let most = most.min(BATCH).min(usize::from(size));
         if self.way == Way::ToGuest {
             self.look_ahead(most as u16);
         }
         // A lap at most: no descriptor is fetched twice. Nothing beyond an available descriptor is prefetched: that would
         // steal the line the driver is writing (168 instead of 102 cycles a frame).
-        for index in 0..most {
-            // Acquire: pairs with the driver's Release store of the flags (§2.8.16): the descriptor, and all of its chain, is written.
-            let flags = self.flags(place).load(Ordering::Acquire);
-            // SAFETY: as in `flags`.
-            let desc = unsafe { self.table.read(place.index) };
-            let slots = if flags == place.available() | plain {
-                buffers.put(index, &self.mem, &mut self.hit, &desc);
-                self.ids[index % BATCH] = desc.third;
-                1
-            } else if flags & (flag::AVAIL | flag::USED) != place.available()
-                || buffers.walked_enough()
-            {
-                return Ok(index);
-            } else {
-                let first = (place, flags, desc);
-                let (Ok(()), slots, id) = self.chain(buffers, index, first, left)? else {
-                    return Ok(index);
-                };
-                self.ids[index % BATCH] = id;
-                slots
-            };
-            self.slots[index % BATCH] = slots;
+        let (mut place, mut left, mut done) = (self.next, size, 0);
+        while done < most && left > 0 {
+            let run = (most - done).min(usize::from(left.min(size - place.index)));
+            let mut slots = self.take_plain(buffers, done..done + run, place);
+            done += usize::from(slots);
+            if slots == 0 {
+                slots = self.take_odd(buffers, done, place, left)?;
+                if slots == 0 {
+                    return Ok(done);
+                }
+                done += 1;
+            }
             place = place.ahead(slots, size);
             left -= slots;
-            if left == 0 {
-                return Ok(index + 1);
-            }
         }
-        self.plenty = true;
-        Ok(most)
+        self.plenty = left > 0;
+        Ok(done)
+    }
+
+    /// Makes buffers of available descriptors that stand alone and lie in the region used last, from `first` on, up to the first that
+    /// does not; returns how many. The ring ends no earlier than `range`. A loop that calls nothing: all it needs stays in registers.
+    #[inline]
+    fn take_plain(&mut self, buffers: &mut Buffers, range: Range<usize>, first: Place) -> u16 {
+        let (table, plain) = (self.table, self.plain(first));
+        let window = self.mem.window(&self.hit);
+        let (Some(ids), Some(slots)) = (
+            self.ids.get_mut(range.clone()),
+            self.slots.get_mut(range.clone()),
+        ) else {
+            return 0; // `range` ends at `BATCH`, or before
+        };
+        slots.fill(1);
+        let mut at = first.index;
+        for (buffer, id) in buffers.places(range).iter_mut().zip(ids) {
+            // SAFETY: `fetch` asks for no more than there are before the ring's end: `at < size`.
+            let (flags, desc) = unsafe {
+                // Acquire: pairs with the driver's Release store of the flags (§2.8.16): the descriptor, and all of its chain, is written.
+                let flags = flags_at(table, at).load(Ordering::Acquire);
+                (flags, table.read(at))
+            };
+            if flags != plain || !buffer.put(&window, &desc) {
+                break;
+            }
+            *id = desc.third;
+            at += 1;
+        }
+        at - first.index
+    }
+
+    /// Makes buffer `index` of any other available descriptor; returns the descriptors it takes, 0 if this fetch ends before it.
+    #[inline]
+    fn take_odd(
+        &mut self,
+        buffers: &mut Buffers,
+        index: usize,
+        place: Place,
+        left: u16,
+    ) -> Result<u16, Lie> {
+        // Acquire: as in `take_plain`.
+        let flags = self.flags(place).load(Ordering::Acquire);
+        if flags & (flag::AVAIL | flag::USED) != place.available() {
+            return Ok(0);
+        }
+        self.take_chain(buffers, index, (place, flags), left)
+    }
+
+    /// The same for one that is available. It is read anew: what `take_plain` saw of it is forgotten.
+    #[cold]
+    fn take_chain(
+        &mut self,
+        buffers: &mut Buffers,
+        index: usize,
+        (place, flags): (Place, u16),
+        left: u16,
+    ) -> Result<u16, Lie> {
+        // SAFETY: as in `flags`.
+        let desc = unsafe { self.table.read(place.index) };
+        let (slots, id) = if flags == self.plain(place) {
+            buffers.put(index, &self.mem, &mut self.hit, &desc);
+            (1, desc.third)
+        } else if buffers.walked_enough() {
+            return Ok(0);
+        } else {
+            let (Ok(()), slots, id) = self.chain(buffers, index, (place, flags, desc), left)?
+            else {
+                return Ok(0);
+            };
+            (slots, id)
+        };
+        self.alone &= slots == 1;
+        self.ids[index % BATCH] = id;
+        self.slots[index % BATCH] = slots;
+        Ok(slots)
     }
 
     /// Buffers for reception are there long before they are needed, and the driver writes new ones a lap ahead of us: while there
@@ -282,31 +364,60 @@ impl PackedRing {
             return;
         }
         let (size, first) = (self.table.size, self.next);
-        let len = |index: usize| written.get(index).copied().unwrap_or(0);
-        let mut place = first.ahead(self.slots[0], size);
-        let mut used = self.slots[0];
+        // With IN_ORDER one element stands for the batch, in the first one's place and with the last one's id (§2.8.9).
         let batch = self.in_order && self.way == Way::FromGuest;
+        let (place, used) = if self.alone {
+            let lap = count.min(usize::from(size - first.index));
+            if !batch {
+                self.put_run(first.ahead(1, size), 1..lap, written);
+                self.put_run(first.ahead(lap as u16, size), lap..count, written);
+            }
+            (first.ahead(count as u16, size), count as u16)
+        } else {
+            self.put_chains(count, batch, written)
+        };
+        // The first one last: its flags show the whole batch at once. Release: pairs with the driver's Acquire load of the flags.
+        let (id, len) = match batch {
+            true => (self.ids[(count - 1) % BATCH], 0),
+            false => (self.ids[0], written.first().copied().unwrap_or(0)),
+        };
+        self.put_used(first, id, len, Ordering::Release);
+        self.next = place;
+        self.since = self.since.saturating_add(used).min(size);
+    }
+
+    /// Writes used descriptors of some buffers one behind the other; they end before the ring does.
+    #[inline]
+    fn put_run(&self, first: Place, buffers: Range<usize>, written: &[u32]) {
+        let ids = self.ids.get(buffers.clone()).unwrap_or(&[]);
+        let written = written.get(buffers).unwrap_or(&[]);
+        let (with, without) = ids.split_at(ids.len().min(written.len()));
+        let mut place = first;
+        for (id, len) in with.iter().zip(written) {
+            self.put_used(place, *id, *len, Ordering::Relaxed);
+            place.index += 1;
+        }
+        for id in without {
+            self.put_used(place, *id, 0, Ordering::Relaxed);
+            place.index += 1;
+        }
+    }
+
+    /// Writes used descriptors of all buffers but the first, where some take several; returns the next place, and how many they take.
+    #[cold]
+    fn put_chains(&self, count: usize, batch: bool, written: &[u32]) -> (Place, u16) {
+        let size = self.table.size;
+        let mut place = self.next.ahead(self.slots[0], size);
+        let mut used = self.slots[0];
         for index in 1..count {
             if !batch {
-                self.put_used(
-                    place,
-                    self.ids[index % BATCH],
-                    len(index),
-                    Ordering::Relaxed,
-                );
+                let len = written.get(index).copied().unwrap_or(0);
+                self.put_used(place, self.ids[index % BATCH], len, Ordering::Relaxed);
             }
             place = place.ahead(self.slots[index % BATCH], size);
             used = used.saturating_add(self.slots[index % BATCH]);
         }
-        // The first one last: its flags show the whole batch at once. With IN_ORDER its element stands for the batch and
-        // has the last buffer's id (§2.8.9). Release: pairs with the driver's Acquire load of the flags.
-        if batch {
-            self.put_used(first, self.ids[(count - 1) % BATCH], 0, Ordering::Release);
-        } else {
-            self.put_used(first, self.ids[0], len(0), Ordering::Release);
-        }
-        self.next = place;
-        self.since = self.since.saturating_add(used).min(size);
+        (place, used)
     }
 
     /// Writes length, id and flags of a used descriptor as one word: nobody sees the flags without the rest.

@@ -111,6 +111,15 @@ impl SplitRing {
         self.used_u16(2)
     }
 
+    /// The flags of a descriptor that stands alone.
+    #[inline]
+    fn plain(&self) -> u16 {
+        match self.way {
+            Way::ToGuest => flag::WRITE,
+            Way::FromGuest => 0,
+        }
+    }
+
     /// See [`super::ring::Ring::fetch`].
     #[inline]
     pub(super) fn fetch(&mut self, buffers: &mut Buffers, most: usize) -> Result<usize, Lie> {
@@ -133,42 +142,78 @@ impl SplitRing {
             return Ok(0);
         }
         // 1. Heads; the descriptors' lines are on their way.
-        let mask = self.mask();
         match self.way {
             Way::FromGuest => self.expect_descriptors(count),
             Way::ToGuest => self.own_used_elements(count),
         }
-        for index in 0..count {
-            let slot = self.next.wrapping_add(index as u16) & mask;
-            let head = self
-                .avail_u16(4 + 2 * usize::from(slot))
-                .load(Ordering::Relaxed);
-            if head >= self.size {
-                return Err(Lie::Index {
-                    index: head,
-                    size: self.size,
-                });
-            }
-            self.heads[index] = head;
-            // SAFETY: `head < size`, just checked.
-            prefetch_read(unsafe { self.table.at(head) });
-        }
+        self.take_heads(count)?;
         // 2. Descriptors.
-        let plain = match self.way {
-            Way::ToGuest => flag::WRITE,
-            Way::FromGuest => 0,
-        };
         buffers.begin();
-        for index in 0..count {
-            // SAFETY: `head < size`, checked above, and again by the mask in case the processor guesses (Spectre).
-            let desc = unsafe { self.table.read(self.heads[index] & mask) };
-            if desc.third == plain {
-                buffers.put(index, &self.mem, &mut self.hit, &desc);
-            } else if buffers.walked_enough() || self.chain(buffers, index, desc)?.is_err() {
-                return Ok(index);
+        let mut done = 0;
+        loop {
+            done += self.take_plain(buffers, done..count);
+            if done == count || !self.take_odd(buffers, done)? {
+                return Ok(done);
             }
+            done += 1;
         }
-        Ok(count)
+    }
+
+    /// Reads the next `count` heads, and starts to fetch their descriptors.
+    #[inline]
+    fn take_heads(&mut self, count: usize) -> Result<(), Lie> {
+        let (avail, table) = (self.avail, self.table);
+        let (size, mask, mut next) = (self.size, self.mask(), self.next);
+        for place in self.heads.iter_mut().take(count) {
+            // SAFETY: masked, so this is one of the ring's `size` entries; see `avail_u16`.
+            let entry = unsafe {
+                &*avail
+                    .add(4 + 2 * usize::from(next & mask))
+                    .cast::<AtomicU16>()
+            };
+            let head = entry.load(Ordering::Relaxed);
+            if head >= size {
+                return Err(Lie::Index { index: head, size });
+            }
+            *place = head;
+            // SAFETY: `head < size`, just checked.
+            prefetch_read(unsafe { table.at(head) });
+            next = next.wrapping_add(1);
+        }
+        Ok(())
+    }
+
+    /// Makes buffers of descriptors that stand alone and lie in the region used last, up to the first that does not; returns how many.
+    /// A loop that calls nothing: all it needs stays in registers.
+    #[inline]
+    fn take_plain(&self, buffers: &mut Buffers, range: Range<usize>) -> usize {
+        let (table, mask, window) = (self.table, self.mask(), self.mem.window(&self.hit));
+        let plain = self.plain();
+        let heads = self.heads.get(range.clone()).unwrap_or(&[]);
+        let places = buffers.places(range);
+        let mut count = 0;
+        for (place, head) in places.iter_mut().zip(heads) {
+            // SAFETY: `head < size`, checked above, and again by the mask in case the processor guesses (Spectre).
+            let desc = unsafe { table.read(head & mask) };
+            if desc.third != plain || !place.put(&window, &desc) {
+                break;
+            }
+            count += 1;
+        }
+        count
+    }
+
+    /// Makes buffer `index` of any other descriptor, read anew; false if this fetch ends before it.
+    #[cold]
+    fn take_odd(&mut self, buffers: &mut Buffers, index: usize) -> Result<bool, Lie> {
+        let (head, mask) = (self.heads[index % BATCH], self.mask());
+        // SAFETY: `head < size`, and masked, as in `take_plain`.
+        let desc = unsafe { self.table.read(head & mask) };
+        if desc.third == self.plain() {
+            buffers.put(index, &self.mem, &mut self.hit, &desc);
+            return Ok(true);
+        }
+        Ok(!buffers.walked_enough() && self.chain(buffers, index, desc)?.is_ok())
     }
 
     /// Most drivers use descriptors in turn: these are probably the next ones, and need not wait for the available ring.
@@ -190,21 +235,24 @@ impl SplitRing {
         }
     }
 
-    /// Buffers for reception are there long before they are needed: their descriptors are fetched two batches ahead.
+    /// Buffers for reception are there long before they are needed: their descriptors are fetched two batches ahead. Most drivers use
+    /// descriptors in turn, so that a look at every fourth head shows all their lines.
     #[inline]
     fn look_ahead(&mut self) {
         let ready = self.seen.wrapping_sub(self.next).min(2 * BATCH as u16);
         let done = self.ahead.wrapping_sub(self.next);
         let done = if done > self.size { 0 } else { done };
-        for index in done..ready {
-            let slot = usize::from(self.next.wrapping_add(index) & self.mask());
-            if slot.is_multiple_of(LINE / 2) {
-                let later = (slot + 2 * BATCH) & usize::from(self.mask());
-                prefetch_read(self.avail.wrapping_add(4 + 2 * later));
-            }
-            let head = self.avail_u16(4 + 2 * slot).load(Ordering::Relaxed) & self.mask();
+        let (mask, table) = (self.mask(), self.table);
+        for index in (done..ready).step_by(LINE / 16) {
+            let slot = usize::from(self.next.wrapping_add(index) & mask);
+            let head = self.avail_u16(4 + 2 * slot).load(Ordering::Relaxed) & mask;
             // SAFETY: masked, so `head < size`.
-            prefetch_read(unsafe { self.table.at(head) });
+            prefetch_read(unsafe { table.at(head) });
+        }
+        for index in (done..ready).step_by(LINE / 2) {
+            let later =
+                usize::from(self.next.wrapping_add(index).wrapping_add(2 * BATCH as u16) & mask);
+            prefetch_read(self.avail.wrapping_add(4 + 2 * later));
         }
         self.ahead = self.next.wrapping_add(ready.max(done));
     }
