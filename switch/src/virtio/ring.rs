@@ -248,6 +248,12 @@ impl Ring {
         }
     }
 
+    /// True if the descriptors themselves say what is available (virtio 1.2 §2.8).
+    #[inline]
+    pub fn is_packed(&self) -> bool {
+        matches!(self, Ring::Packed(_))
+    }
+
     /// Fetches up to `most` (≤ [`super::buffers::BATCH`]) buffers in order, without consuming them; returns how many.
     #[inline]
     pub fn fetch(&mut self, buffers: &mut Buffers, most: usize) -> Result<usize, Lie> {
