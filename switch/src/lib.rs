@@ -50,7 +50,8 @@
 //!    cycles). Batches of 16 / 32 / 64 / 128 took 71 / 59 / 47 / 48 cycles.
 //! 7. **What was checked is what is delivered**: the first 64 bytes of a frame are read once into private memory; verdicts rest
 //!    on the copy, and the copy is what the receiver gets, whatever the sender does to its buffer meanwhile.
-//! 8. **Idle queues are polled every 64th pass**: 256 idle ports polled always cost −70 %.
+//! 8. **Idle queues are polled every 64th pass**: 256 idle ports polled always cost −70 %. **A packed ring rests for 0.6 µs** after part
+//!    of a burst, for its driver is writing the rest: far, 12 → 14 Mpps.
 //! 9. **Ownership is the lock**: a guest's transmit ring is moved to one worker and moved back. Its receive ring is fed by every
 //!    worker, under a try-lock per burst ([`port::shared`]); nobody waits through somebody else's page fault.
 //! 10. **One forwarding database** for all workers, read without locks, learnt from the packet path ([`dataplane::fdb`]). An

@@ -15,6 +15,9 @@
 //! A port's own stations of this very second stay: a flood that has filled its part of the table is refused by reads alone, and
 //! after each refusal the next 15 unseen, so that it costs the worker little more than honest frames.
 //!
+//! **Bursts from the same station to the same station** are not looked up each time: a [`Path`] says what the table said last, as long
+//! as nobody has written to the buckets of the two.
+//!
 //! **A port number's next owner** never gets frames for stations of the previous one: port and generation are one word in the
 //! table, and whoever looks up compares the generation with the port's present one.
 //!

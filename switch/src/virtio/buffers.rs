@@ -54,7 +54,7 @@ pub struct Buffer {
 impl Buffer {
     /// Makes this the buffer of one descriptor, if that lies in `window` and is not empty.
     #[inline]
-    pub(super) fn put(&mut self, window: &Window, desc: &Desc) -> bool {
+    pub(super) fn put(&mut self, window: &Window<'_>, desc: &Desc) -> bool {
         let Some((at, room)) = window.translate(desc.addr, desc.len) else {
             return false;
         };

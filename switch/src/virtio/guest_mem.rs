@@ -8,6 +8,7 @@
 //! A table never changes. A changed table is a new `GuestMem`; mappings that stay are shared, so host addresses stay.
 #![allow(unsafe_code)] // pointer arithmetic inside a checked region
 
+use std::marker::PhantomData;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -124,16 +125,17 @@ impl Default for Hit {
     }
 }
 
-/// One region of a guest's memory, good as long as its table is held.
+/// One region of a guest's memory.
 #[derive(Clone, Copy, Debug)]
-pub struct Window {
+pub struct Window<'a> {
     first: u64,
     /// 0 if there is none.
     len: u64,
     host: NonNull<u8>,
+    table: PhantomData<&'a GuestMem>,
 }
 
-impl Window {
+impl Window<'_> {
     /// As [`GuestMem::translate`] if the bytes lie in this region and are not none: what is true of nearly all. Besides: the
     /// mapped bytes from there to the end of the region, at most `u32::MAX`.
     #[inline]
@@ -143,7 +145,7 @@ impl Window {
         let room = self.len.wrapping_sub(at);
         // One branch: `&` rather than `&&`. The second test means something only if the first holds. A length of 0 is no less than any.
         if (at < self.len) & (u64::from(len).wrapping_sub(1) < room) {
-            // SAFETY: `at < self.len`, and this is a region of a table that the caller holds, mapped for `self.len` bytes.
+            // SAFETY: `at < self.len`, and this is a region of a table that is borrowed, mapped for `self.len` bytes.
             let host = unsafe { self.host.add(at as usize) };
             return Some((host, u32::try_from(room).unwrap_or(u32::MAX)));
         }
@@ -226,11 +228,12 @@ impl GuestMem {
     /// The region used last, for a loop that keeps it in registers.
     #[inline]
     #[must_use]
-    pub fn window(&self, hit: &Hit) -> Window {
+    pub fn window(&self, hit: &Hit) -> Window<'_> {
         Window {
             first: hit.first,
             len: if hit.table == self.id { hit.len } else { 0 },
             host: hit.host,
+            table: PhantomData,
         }
     }
 
