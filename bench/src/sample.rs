@@ -121,33 +121,25 @@ pub(crate) fn visit(
     client_version: &mut String,
 ) -> Result<Vec<Sample>> {
     switch.proc().resume()?;
-    let samples = with_a_client(rig, row, peer, round, switch, client_version);
+    let client = switch
+        .prepare(&row)
+        .and_then(|()| switch.client(row, rig.cpus, &rig.directory));
+    let samples = client.and_then(|mut client| {
+        client.version().clone_into(client_version);
+        let samples = switch
+            .settle(row.ports)
+            .and_then(|()| attempts(rig, row, peer, round, switch, &mut *client));
+        // Also after an error: the switch answers the client's farewell only while it runs.
+        let _ = client.proc().resume();
+        let _ = switch.proc().resume();
+        client.leave();
+        samples
+    });
     // Also after an error: else it would poll beside the one that is measured next.
     let paused = switch.proc().pause();
     let samples = samples?;
     paused?;
     Ok(samples)
-}
-
-fn with_a_client(
-    rig: &Rig,
-    row: Row,
-    peer: &'static str,
-    round: u32,
-    switch: &mut dyn Switch,
-    client_version: &mut String,
-) -> Result<Vec<Sample>> {
-    switch.prepare(&row)?;
-    let mut client = switch.client(row, rig.cpus, &rig.directory)?;
-    client.version().clone_into(client_version);
-    let samples = switch
-        .settle(row.ports)
-        .and_then(|()| attempts(rig, row, peer, round, switch, &mut *client));
-    // Also after an error: the switch answers the client's farewell only while it runs.
-    let _ = client.proc().resume();
-    let _ = switch.proc().resume();
-    client.leave();
-    samples
 }
 
 fn attempts(

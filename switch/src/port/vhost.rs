@@ -151,7 +151,6 @@ impl FromGuest {
     fn push(&self, slots: &mut Slots, count: usize) {
         self.side.prefetch(count, Way::FromGuest);
         let buffers = self.side.buffers.first(count);
-        let mut lent = 0;
         for (index, buffer) in buffers.iter().enumerate() {
             if let Some(later) = buffers.get(index + AHEAD) {
                 later.prefetch(Way::FromGuest);
@@ -172,10 +171,9 @@ impl FromGuest {
                     return;
                 }
             }
-            lent = index + 1;
         }
         // SAFETY: as above.
-        unsafe { slots.set_count(lent) };
+        unsafe { slots.set_count(buffers.len()) };
     }
 
     /// A buffer that is not simply one piece with a header and a frame in it. False: the burst is full.

@@ -187,10 +187,7 @@ impl PackedRing {
     /// The flags of an available descriptor that stands alone.
     #[inline]
     fn plain(&self, place: Place) -> u16 {
-        match self.way {
-            Way::ToGuest => place.available() | flag::WRITE,
-            Way::FromGuest => place.available(),
-        }
+        place.available() | self.way.plain()
     }
 
     /// The event areas: the driver's, ours.

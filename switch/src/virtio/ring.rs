@@ -60,6 +60,17 @@ pub enum Way {
     ToGuest,
 }
 
+impl Way {
+    /// The flags of a descriptor that stands alone; in a packed ring besides those that say that it is available.
+    #[inline]
+    pub(super) fn plain(self) -> u16 {
+        match self {
+            Way::ToGuest => flag::WRITE,
+            Way::FromGuest => 0,
+        }
+    }
+}
+
 /// The guest broke the layout's rules: the ring cannot be used any more.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Lie {

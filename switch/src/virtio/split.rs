@@ -111,15 +111,6 @@ impl SplitRing {
         self.used_u16(2)
     }
 
-    /// The flags of a descriptor that stands alone.
-    #[inline]
-    fn plain(&self) -> u16 {
-        match self.way {
-            Way::ToGuest => flag::WRITE,
-            Way::FromGuest => 0,
-        }
-    }
-
     /// See [`super::ring::Ring::fetch`].
     #[inline]
     pub(super) fn fetch(&mut self, buffers: &mut Buffers, most: usize) -> Result<usize, Lie> {
@@ -188,7 +179,7 @@ impl SplitRing {
     #[inline]
     fn take_plain(&self, buffers: &mut Buffers, range: Range<usize>) -> usize {
         let (table, mask, window) = (self.table, self.mask(), self.mem.window(&self.hit));
-        let plain = self.plain();
+        let plain = self.way.plain();
         let heads = self.heads.get(range.clone()).unwrap_or(&[]);
         let places = buffers.places(range);
         let mut count = 0;
@@ -209,7 +200,7 @@ impl SplitRing {
         let (head, mask) = (self.heads[index % BATCH], self.mask());
         // SAFETY: `head < size`, and masked, as in `take_plain`.
         let desc = unsafe { self.table.read(head & mask) };
-        if desc.third == self.plain() {
+        if desc.third == self.way.plain() {
             buffers.put(index, &self.mem, &mut self.hit, &desc);
             return Ok(true);
         }

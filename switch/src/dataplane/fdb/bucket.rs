@@ -23,7 +23,7 @@ const SPILLED: u64 = 1 << 16;
 const VERSION: u64 = 1 << 32;
 
 /// Times a writer has claimed the bucket (modulo 2^32), which slots hold stations, who is spilled.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Head(u64);
 
 impl Head {

@@ -97,6 +97,17 @@ fn put(bucket: &Bucket, slot: usize, record: Record) {
     bucket.claim().expect("one writer").put(slot, record);
 }
 
+/// Station 1, in `slot`, moves meanwhile.
+fn moving(bucket: &Arc<Bucket>, slot: usize) -> thread::JoinHandle<()> {
+    let bucket = Arc::clone(bucket);
+    thread::spawn(move || {
+        bucket
+            .claim()
+            .expect("one writer")
+            .relocate(slot, record(1, 1).station, 0);
+    })
+}
+
 /// The place of `key`, checked; `Err` if a writer was quicker.
 fn place(bucket: &Bucket, key: u64) -> Result<Option<u32>, ()> {
     match bucket.probe(key) {
@@ -173,15 +184,7 @@ fn a_station_that_moves_is_always_there() {
     explore(|| {
         let bucket = Arc::new(Bucket::default());
         put(&bucket, 1, record(1, 0));
-        let writer = {
-            let bucket = Arc::clone(&bucket);
-            thread::spawn(move || {
-                bucket
-                    .claim()
-                    .expect("one writer")
-                    .relocate(1, record(1, 1).station, 0)
-            })
-        };
+        let writer = moving(&bucket, 1);
         let first = place(&bucket, 1);
         let second = place(&bucket, 1);
         assert!(first != Ok(None) && second != Ok(None));
@@ -227,15 +230,7 @@ fn what_was_found_under_a_head_that_is_still_the_same_is_still_true() {
     explore(|| {
         let bucket = Arc::new(Bucket::default());
         put(&bucket, 1, record(1, 0));
-        let writer = {
-            let bucket = Arc::clone(&bucket);
-            thread::spawn(move || {
-                bucket
-                    .claim()
-                    .expect("one writer")
-                    .relocate(1, record(1, 1).station, 0);
-            })
-        };
+        let writer = moving(&bucket, 1);
         let head = bucket.head();
         let found = place(&bucket, 1);
         writer.join().unwrap();

@@ -1,7 +1,7 @@
 //! What the table said last, to be said again without looking: bursts come from the same station to the same station.
 
 use super::bucket::{Head, Probe};
-use super::{Fdb, Key, Station, refresh, station};
+use super::{Fdb, Key, Station, station};
 use crate::dataplane::port_set::PortId;
 
 /// From one station to another, and what shows that the table would still say the same. A cache line at most.
@@ -39,16 +39,14 @@ impl Fdb {
         generation: u16,
         now: u32,
     ) -> Option<Path> {
-        let homes = [from, to].map(|key| self.home(self.hash(key)));
+        let hashes = [from, to].map(|key| self.hash(key));
+        let homes = hashes.map(|hash| self.home(hash));
         // Before the looks: what they find is at least as new as these heads.
         let heads = homes.map(|home| self.bucket(home).head());
-        let [sender, receiver] = homes.map(|home| self.bucket(home));
-        let place = u32::from(generation) << 16 | u32::from(port.0);
-        match sender.probe(from.0) {
-            Probe::Hit(seen) if seen.station == place => refresh(sender, seen.slot, now),
-            _ => return None,
-        };
-        let Probe::Hit(seen) = receiver.probe(to.0) else {
+        if !self.heard_again(from, hashes[0], port, generation, now) {
+            return None;
+        }
+        let Probe::Hit(seen) = self.bucket(homes[1]).probe(to.0) else {
             return None;
         };
         Some(Path {
