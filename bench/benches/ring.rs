@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use ringway::virtio::buffers::{AHEAD, BATCH, Buffers};
+use ringway::virtio::buffers::{BATCH, Buffers};
 use ringway::virtio::driver::{DriverRing, DriverSetup, Used};
 use ringway::virtio::guest_mem::{GuestMem, MapOptions, Poison};
 use ringway::virtio::net;
@@ -82,15 +82,7 @@ fn forward(from: &mut Line, to: &mut Line, bufs: &mut (Box<Buffers>, Box<Buffers
     let count = to.device.fetch(&mut bufs.1, count).expect("honest");
     let header = net::header(1);
     let mut written = [0; BATCH];
-    let prefetch = |index: usize| {
-        if index < count {
-            bufs.0.buffer(index).prefetch(Way::FromGuest);
-            bufs.1.buffer(index).prefetch(Way::ToGuest);
-        }
-    };
-    (0..AHEAD).for_each(prefetch);
     for (index, written) in written.iter_mut().enumerate().take(count) {
-        prefetch(index + AHEAD);
         let (rx, tx) = (bufs.0.buffer(index), bufs.1.buffer(index));
         // One that cannot be used has length 0.
         assert!(rx.len <= tx.len && rx.len >= 12);

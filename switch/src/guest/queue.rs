@@ -12,13 +12,16 @@ use std::time::Duration;
 use super::frame::{Frame, Part, Slot};
 use super::layout::{Buffers, DESC};
 use super::session::readable;
-use crate::virtio::buffers::{AHEAD, PIECES_MAX};
+use crate::virtio::buffers::PIECES_MAX;
 use crate::virtio::driver::{DriverRing, Raw, Used};
 use crate::virtio::net::{HEADER_LEN, NUM_BUFFERS};
 use crate::virtio::ring::{prefetch_read, prefetch_write};
 
 /// Frames per call.
 pub const BURST: usize = 64;
+/// Buffers whose lines are fetched before the first is used.
+const AHEAD: usize = 16;
+
 /// One pair of queues, to be moved to the threads that use them.
 #[derive(Debug)]
 pub struct QueuePair {

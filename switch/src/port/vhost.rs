@@ -14,9 +14,9 @@ use crate::dataplane::clock::tsc;
 use crate::dataplane::counters::Reason;
 use crate::dataplane::frame::{BURST_MAX, Burst, SEGMENTS_MAX, Segment, Slots};
 use crate::dataplane::queue::RxQueue;
-use crate::virtio::buffers::{AHEAD, BATCH, Buffers, Fault, NET_HEADER, Piece};
+use crate::virtio::buffers::{BATCH, Buffers, Fault, NET_HEADER, Piece};
 use crate::virtio::guest_mem::Poison;
-use crate::virtio::ring::{Lie, Ring, Way};
+use crate::virtio::ring::{Lie, Ring};
 
 const _: () = assert!(BURST_MAX <= BATCH);
 
@@ -60,14 +60,6 @@ impl Side {
     fn broken(&mut self, lie: Lie) {
         self.lie = Some(lie);
         self.poison.set();
-    }
-
-    /// Starts to fetch the first of `count` buffers.
-    #[inline]
-    fn prefetch(&self, count: usize, way: Way) {
-        for buffer in self.buffers.first(count.min(AHEAD)) {
-            buffer.prefetch(way);
-        }
     }
 
     #[inline]
@@ -149,12 +141,8 @@ impl FromGuest {
     /// Lends the `count` frames that were fetched.
     #[inline]
     fn push(&self, slots: &mut Slots, count: usize) {
-        self.side.prefetch(count, Way::FromGuest);
         let buffers = self.side.buffers.first(count);
         for (index, buffer) in buffers.iter().enumerate() {
-            if let Some(later) = buffers.get(index + AHEAD) {
-                later.prefetch(Way::FromGuest);
-            }
             let len = buffer.len.wrapping_sub(NET_HEADER);
             // A length of 0, or below the header's, wraps to more than any `frame_max`.
             if len.wrapping_sub(1) < self.frame_max {
@@ -326,7 +314,6 @@ impl ToGuest {
     #[inline]
     fn fill(&mut self, burst: &Burst<'_>, picks: &mut u64, count: usize) -> Filled {
         let mut filled = Filled::default();
-        self.side.prefetch(count, Way::ToGuest);
         loop {
             self.fill_plain(burst, picks, count, &mut filled);
             if *picks == 0 || filled.buffers >= count {
@@ -361,9 +348,6 @@ impl ToGuest {
         {
             let index = left.trailing_zeros() as usize;
             let len = burst.frame_len(index);
-            if let Some(later) = buffers.get(at + AHEAD) {
-                later.prefetch(Way::ToGuest);
-            }
             if buffer.len < len + NET_HEADER {
                 break;
             }

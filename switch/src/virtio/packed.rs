@@ -231,7 +231,7 @@ impl PackedRing {
     /// does not; returns how many. The ring ends no earlier than `range`. A loop that calls nothing: all it needs stays in registers.
     #[inline]
     fn take_plain(&mut self, buffers: &mut Buffers, range: Range<usize>, first: Place) -> u16 {
-        let (table, plain) = (self.table, self.plain(first));
+        let (table, way, plain) = (self.table, self.way, self.plain(first));
         let window = self.mem.window(&self.hit);
         let (Some(ids), Some(slots)) = (
             self.ids.get_mut(range.clone()),
@@ -248,7 +248,7 @@ impl PackedRing {
                 let flags = flags_at(table, at).load(Ordering::Acquire);
                 (flags, table.read(at))
             };
-            if flags != plain || !buffer.put(&window, &desc) {
+            if flags != plain || !buffer.put(&window, &desc, way) {
                 break;
             }
             *id = desc.third;
@@ -286,7 +286,7 @@ impl PackedRing {
         // SAFETY: as in `flags`.
         let desc = unsafe { self.table.read(place.index) };
         let (slots, id) = if flags == self.plain(place) {
-            buffers.put(index, &self.mem, &mut self.hit, &desc);
+            buffers.put(index, &self.mem, &mut self.hit, &desc, self.way);
             (1, desc.third)
         } else if buffers.walked_enough() {
             return Ok(0);

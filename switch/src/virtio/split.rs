@@ -179,14 +179,14 @@ impl SplitRing {
     #[inline]
     fn take_plain(&self, buffers: &mut Buffers, range: Range<usize>) -> usize {
         let (table, mask, window) = (self.table, self.mask(), self.mem.window(&self.hit));
-        let plain = self.way.plain();
+        let (way, plain) = (self.way, self.way.plain());
         let heads = self.heads.get(range.clone()).unwrap_or(&[]);
         let places = buffers.places(range);
         let mut count = 0;
         for (place, head) in places.iter_mut().zip(heads) {
             // SAFETY: `head < size`, checked above, and again by the mask in case the processor guesses (Spectre).
             let desc = unsafe { table.read(head & mask) };
-            if desc.third != plain || !place.put(&window, &desc) {
+            if desc.third != plain || !place.put(&window, &desc, way) {
                 break;
             }
             count += 1;
@@ -201,7 +201,7 @@ impl SplitRing {
         // SAFETY: `head < size`, and masked, as in `take_plain`.
         let desc = unsafe { self.table.read(head & mask) };
         if desc.third == self.way.plain() {
-            buffers.put(index, &self.mem, &mut self.hit, &desc);
+            buffers.put(index, &self.mem, &mut self.hit, &desc, self.way);
             return Ok(true);
         }
         Ok(!buffers.walked_enough() && self.chain(buffers, index, desc)?.is_ok())
