@@ -223,7 +223,7 @@ impl Fdb {
     #[inline]
     pub fn learn(&self, key: Key, hash: Hash, port: PortId, generation: u16, now: u32) -> Learned {
         let home = self.bucket(self.home(hash));
-        let place = u32::from(generation) << 16 | u32::from(port.0);
+        let place = place_word(port, generation);
         match home.probe(key.0) {
             Probe::Hit(seen) if seen.station == place => refresh(home, seen.slot, now),
             _ => self.learn_news(key, hash, place, now),
@@ -241,7 +241,7 @@ impl Fdb {
         now: u32,
     ) -> bool {
         let home = self.bucket(self.home(hash));
-        let place = u32::from(generation) << 16 | u32::from(port.0);
+        let place = place_word(port, generation);
         match home.probe(key.0) {
             Probe::Hit(seen) if seen.station == place => {
                 refresh(home, seen.slot, now);
@@ -265,7 +265,7 @@ impl Fdb {
         if usize::from(port.0) >= self.shares.len() {
             return Err(StaticError::NoSuchPort);
         }
-        let station = u32::from(generation) << 16 | u32::from(port.0);
+        let station = place_word(port, generation);
         let new = Record {
             key: key.0,
             station,
@@ -408,6 +408,12 @@ fn refresh(bucket: &Bucket, slot: usize, now: u32) -> Learned {
     }
     bucket.touch(slot, now as u16);
     Learned::Refreshed
+}
+
+/// Where a station is, as a bucket holds it; see [`station`].
+#[inline]
+fn place_word(port: PortId, generation: u16) -> u32 {
+    u32::from(generation) << 16 | u32::from(port.0)
 }
 
 #[inline]
