@@ -284,6 +284,38 @@ impl Ring {
         }
     }
 
+    /// As [`Ring::complete`], of a transmit ring, but the guest may learn of it later: with later buffers, when it wants calls, or by
+    /// [`Ring::settle`].
+    ///
+    /// A split ring of 256 and more always keeps some used buffers back from a driver that polls: an eighth of the ring, at most 64, or up
+    /// to twice as many. DPDK's driver takes used buffers back only when it has no others, or when all but 32 of the ring are used:
+    /// then up to a thousand at once, which its pool gives out again when they lie in nobody's cache. This way it takes one
+    /// for each that it sends.
+    #[inline]
+    pub fn complete_lazily(&mut self, count: usize) {
+        match self {
+            Ring::Split(ring) => ring.complete_lazily(count),
+            Ring::Packed(ring) => ring.complete(count, &[]),
+        }
+    }
+
+    /// True if the guest was not told of all used buffers.
+    #[inline]
+    pub fn holds(&self) -> bool {
+        match self {
+            Ring::Split(ring) => ring.held() != 0,
+            Ring::Packed(_) => false,
+        }
+    }
+
+    /// Tells the guest of all used buffers. It may want a call then: see [`Ring::call_wanted`].
+    #[inline]
+    pub fn settle(&mut self) {
+        if let Ring::Split(ring) = self {
+            ring.settle();
+        }
+    }
+
     /// True if the guest wants to be called about what was completed since the last time this was asked.
     #[inline]
     pub fn call_wanted(&mut self) -> bool {

@@ -21,6 +21,10 @@ use super::ring::{
 const NO_NOTIFY: u16 = 1;
 /// Bytes of a cache line.
 const LINE: usize = 64;
+/// Used buffers that [`SplitRing::complete_lazily`] holds back: an eighth of the ring, at most so many; sometimes one less than twice that.
+const HOLD_MOST: u16 = 64;
+/// Fewer are no use: DPDK's driver waits until all but 32 of a ring are used.
+const HOLD_LEAST: u16 = 32;
 
 /// A split ring, used by one thread at a time.
 pub struct SplitRing {
@@ -33,15 +37,19 @@ pub struct SplitRing {
     in_order: bool,
     event_idx: bool,
     indirect: bool,
-    /// Next buffer to fetch; also the used index, since buffers are completed in the order they were made available.
+    /// Next buffer to fetch; buffers are completed in the order they were made available.
     next: u16,
+    /// Our `used.idx`: behind `next` by the used buffers that are held back.
+    published: u16,
+    /// Used buffers that are held back, at least; 0: none are.
+    hold: u16,
+    /// The last fetch met a chain. Its descriptors are many, and a guest may soon be short of them.
+    chained: bool,
     /// The guest's `avail.idx` when it was last read.
     seen: u16,
     /// `next` when `call_wanted` was last asked.
     called_at: u16,
     hit: Hit,
-    /// Up to where descriptors were prefetched; see `look_ahead`.
-    ahead: u16,
     /// The descriptor that the driver will probably use next.
     guess: u16,
     /// Heads of the fetched buffers.
@@ -68,10 +76,12 @@ impl SplitRing {
             event_idx: setup.has(feature::EVENT_IDX),
             indirect: setup.has(feature::INDIRECT_DESC),
             next: setup.base as u16,
+            published: setup.base as u16,
+            hold: hold(&setup),
+            chained: false,
             seen: setup.base as u16,
             called_at: setup.base as u16,
             hit: Hit::default(),
-            ahead: setup.base as u16,
             guess: 0,
             heads: [0; BATCH],
             mem: setup.mem,
@@ -81,6 +91,7 @@ impl SplitRing {
         let used = ring.used_idx().load(Ordering::Relaxed);
         if used != ring.next {
             (ring.next, ring.seen, ring.called_at) = (used, used, used);
+            ring.published = used;
         }
         ring.disarm();
         Ok(ring)
@@ -133,13 +144,16 @@ impl SplitRing {
             return Ok(0);
         }
         // 1. Heads; the descriptors' lines are on their way.
-        match self.way {
-            Way::FromGuest => self.expect_descriptors(count),
-            Way::ToGuest => self.own_used_elements(count),
+        self.expect_descriptors(count);
+        if self.way == Way::ToGuest {
+            let later = usize::from(self.next.wrapping_add(BATCH as u16) & self.mask());
+            prefetch_read(self.avail.wrapping_add(4 + 2 * later));
+            self.own_used_elements(count);
         }
         self.take_heads(count)?;
         // 2. Descriptors.
         buffers.begin();
+        self.chained = false;
         let mut done = 0;
         loop {
             done += self.take_plain(buffers, done..count);
@@ -226,28 +240,6 @@ impl SplitRing {
         }
     }
 
-    /// Buffers for reception are there long before they are needed: their descriptors are fetched two batches ahead. Most drivers use
-    /// descriptors in turn, so that a look at every fourth head shows all their lines.
-    #[inline]
-    fn look_ahead(&mut self) {
-        let ready = self.seen.wrapping_sub(self.next).min(2 * BATCH as u16);
-        let done = self.ahead.wrapping_sub(self.next);
-        let done = if done > self.size { 0 } else { done };
-        let (mask, table) = (self.mask(), self.table);
-        for index in (done..ready).step_by(LINE / 16) {
-            let slot = usize::from(self.next.wrapping_add(index) & mask);
-            let head = self.avail_u16(4 + 2 * slot).load(Ordering::Relaxed) & mask;
-            // SAFETY: masked, so `head < size`.
-            prefetch_read(unsafe { table.at(head) });
-        }
-        for index in (done..ready).step_by(LINE / 2) {
-            let later =
-                usize::from(self.next.wrapping_add(index).wrapping_add(2 * BATCH as u16) & mask);
-            prefetch_read(self.avail.wrapping_add(4 + 2 * later));
-        }
-        self.ahead = self.next.wrapping_add(ready.max(done));
-    }
-
     /// Walks a chain or an indirect table (§2.7.5.1, §2.7.5.3). Every step is counted: a chain cannot be longer than its table.
     #[cold]
     fn chain(
@@ -278,6 +270,7 @@ impl SplitRing {
                     size: table.size,
                 });
             }
+            self.chained = true;
             // SAFETY: `fourth < size`, just checked.
             desc = unsafe { table.read(desc.fourth & (table.size - 1)) };
         }
@@ -287,26 +280,85 @@ impl SplitRing {
     /// See [`super::ring::Ring::complete`].
     #[inline]
     pub(super) fn complete(&mut self, count: usize, written: &[u32]) {
+        self.use_up(count, written);
+        self.publish(self.next);
+    }
+
+    /// See [`super::ring::Ring::complete_lazily`].
+    #[inline]
+    pub(super) fn complete_lazily(&mut self, count: usize) {
+        self.use_up(count, &[]);
+        if self.hold == 0 || self.chained {
+            self.publish(self.next);
+        } else if self.held() >= 2 * self.hold {
+            self.publish(self.next.wrapping_sub(self.hold));
+        }
+    }
+
+    /// Used buffers that the guest was not told of yet.
+    #[inline]
+    pub(super) fn held(&self) -> u16 {
+        self.next.wrapping_sub(self.published)
+    }
+
+    /// See [`super::ring::Ring::settle`].
+    #[inline]
+    pub(super) fn settle(&mut self) {
+        if self.held() != 0 {
+            self.called_at = self.published;
+            self.publish(self.next);
+        }
+    }
+
+    /// Consumes the first `count` fetched buffers.
+    #[inline]
+    fn use_up(&mut self, count: usize, written: &[u32]) {
         if count == 0 {
             return;
         }
         debug_assert!(count <= BATCH);
         let count = count.min(BATCH).min(usize::from(self.size));
-        let slot = usize::from(self.next & self.mask());
-        if self.in_order && self.way == Way::FromGuest {
-            // One element stands for the whole batch: the last buffer's, in the first slot (§2.7.9).
-            self.put_used(slot, count - 1..count, &[]);
-        } else {
+        if !self.one_for_all() {
+            let slot = usize::from(self.next & self.mask());
             let first = count.min(usize::from(self.size) - slot);
             self.put_used(slot, 0..first, written);
             self.put_used(0, first..count, written);
         }
         self.next = self.next.wrapping_add(count as u16);
+        self.guess = self.heads[(count - 1) % BATCH].wrapping_add(1);
+    }
+
+    /// One used element stands for all that are published at a time: the last buffer's, in the first slot (§2.7.9).
+    #[inline]
+    fn one_for_all(&self) -> bool {
+        self.in_order && self.way == Way::FromGuest
+    }
+
+    /// Tells the guest of the used buffers up to `end`.
+    #[inline]
+    fn publish(&mut self, end: u16) {
+        if end == self.published {
+            return;
+        }
+        if self.one_for_all() {
+            // Read anew, for the guest alone: it stands there until the guest knows that the buffer is used.
+            let last = 4 + 2 * usize::from(end.wrapping_sub(1) & self.mask());
+            let head = self.avail_u16(last).load(Ordering::Relaxed);
+            self.put_element(self.published, head);
+        }
+        self.published = end;
         // Release: pairs with the guest's Acquire load of used.idx (§2.7.14): elements and buffers are written.
-        self.used_idx().store(self.next, Ordering::Release);
-        match self.way {
-            Way::FromGuest => self.guess = self.heads[(count - 1) % BATCH].wrapping_add(1),
-            Way::ToGuest => self.look_ahead(),
+        self.used_idx().store(end, Ordering::Release);
+    }
+
+    /// Writes the used element that belongs at index `at`.
+    #[inline]
+    fn put_element(&mut self, at: u16, head: u16) {
+        let slot = usize::from(at & self.mask());
+        // SAFETY: masked, so this is one of the `size` elements mapped at `used`, which is 4-aligned.
+        unsafe {
+            let element = self.used.add(4 + 8 * slot).cast::<u64>();
+            ptr::write_unaligned(element, u64::from(head));
         }
     }
 
@@ -349,7 +401,11 @@ impl SplitRing {
                 .load(Ordering::Relaxed);
             passed(event, new, new.wrapping_sub(old))
         } else {
-            self.avail_u16(0).load(Ordering::Relaxed) & NO_NOTIFY == 0
+            let wanted = self.avail_u16(0).load(Ordering::Relaxed) & NO_NOTIFY == 0;
+            if wanted {
+                self.publish(new); // it waits for its buffers
+            }
+            wanted
         }
     }
 
@@ -378,6 +434,13 @@ impl SplitRing {
     pub(super) fn base(&self) -> u32 {
         u32::from(self.next)
     }
+}
+
+/// How many used buffers a ring holds back: none where the guest says of which one it wants to be told, or has none to spare.
+fn hold(setup: &RingSetup) -> u16 {
+    let spare = (setup.size / 8).min(HOLD_MOST);
+    let told = setup.way == Way::ToGuest || setup.has(feature::EVENT_IDX);
+    if told || spare < HOLD_LEAST { 0 } else { spare }
 }
 
 /// An indirect table ends its chain, is not nested, and its `next` stay inside it (§2.7.5.3.1).

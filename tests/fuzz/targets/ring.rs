@@ -74,7 +74,8 @@ fn run(mut script: Script<'_>, layout: u64, own: &OwnMem, mapped: &Arc<GuestMem>
         0 => 1,
         1..=3 => 1 << (bits >> 4),
         4 => 7,
-        _ => 64,
+        5..=11 => 64,
+        _ => 256, // holds used buffers back
     };
     let base = u32::from(script.word()?);
     let setup = RingSetup {
@@ -117,7 +118,7 @@ fn run(mut script: Script<'_>, layout: u64, own: &OwnMem, mapped: &Arc<GuestMem>
                 own.write(GPA + 4096 + 2, &script.word()?.to_le_bytes());
             }
             // 2. The device's turn.
-            180..=239 => {
+            choice @ 180..=239 => {
                 let Ok(count) = ring.fetch(&mut buffers, BATCH) else {
                     return None;
                 };
@@ -125,19 +126,20 @@ fn run(mut script: Script<'_>, layout: u64, own: &OwnMem, mapped: &Arc<GuestMem>
                 let written: Vec<u32> =
                     (0..count).map(|n| touch(&buffers, n, first, way)).collect();
                 let done = count.min(usize::from(script.byte()?));
-                ring.complete(
-                    done,
-                    if way == Way::ToGuest {
-                        &written[..done]
-                    } else {
-                        &[]
-                    },
-                );
+                match way {
+                    Way::ToGuest => ring.complete(done, &written[..done]),
+                    Way::FromGuest if choice < 210 => ring.complete(done, &[]),
+                    Way::FromGuest => ring.complete_lazily(done),
+                }
             }
             240..=246 => {
                 ring.arm();
             }
-            247..=250 => ring.disarm(),
+            247..=248 => ring.disarm(),
+            249..=250 => {
+                ring.settle();
+                assert!(!ring.holds());
+            }
             _ => {
                 ring.call_wanted();
             }

@@ -9,6 +9,7 @@ use super::guest_mem::{GuestMem, MapOptions, Poison};
 use super::own_mem::OwnMem;
 use super::ring::{BadSetup, Ring, RingSetup, Way, feature};
 
+mod lazy;
 mod liars;
 mod litmus;
 mod notify;
