@@ -39,6 +39,10 @@ const HOLD_FOR: u64 = if cfg!(target_arch = "x86_64") {
 } else {
     0
 };
+/// A guest that sends so soon (0.1 ms) after it got all its buffers back probably waited for them, ...
+const SOON: u64 = 260_000;
+/// ... and if it does that so many times in a row, it cannot do without them: it has fewer than others.
+const WAITS_MAX: u8 = 16;
 /// Fewer frames are no burst: nobody may be made to wait who sends them one by one.
 const BURST_MIN: usize = 8;
 
@@ -99,6 +103,10 @@ pub struct FromGuest {
     rest_until: u64,
     /// When the ring was found empty while used buffers are held back; 0: it was not. See [`HOLD_FOR`].
     silent_since: u64,
+    /// When a silence ended that gave the guest its buffers back; 0: the guest has sent since.
+    settled_at: u64,
+    /// How often in a row it sent [`SOON`] after that.
+    waits: u8,
 }
 
 impl FromGuest {
@@ -112,6 +120,8 @@ impl FromGuest {
             told: false,
             rest_until: 0,
             silent_since: 0,
+            settled_at: 0,
+            waits: 0,
         }
     }
 
@@ -141,13 +151,31 @@ impl FromGuest {
         resting
     }
 
-    /// The ring is empty and used buffers are held back. A guest that sends no more gets them, in the end.
+    /// The ring is empty and used buffers are held back. A guest that waits for them gets them now, one that sends no more in the end.
     #[inline]
     fn hear_silence(&mut self) {
+        self.side.call_guest();
+        let now = tsc().max(1);
         if self.silent_since == 0 {
-            self.silent_since = tsc().max(1);
-        } else if tsc().wrapping_sub(self.silent_since) > HOLD_FOR {
+            self.silent_since = now;
+        } else if now.wrapping_sub(self.silent_since) > HOLD_FOR {
             self.side.settle();
+            self.settled_at = now;
+        }
+    }
+
+    /// The first frames after such a silence: did the guest wait for its buffers?
+    #[cold]
+    fn end_silence(&mut self) {
+        let soon = tsc().wrapping_sub(self.settled_at) < SOON;
+        self.settled_at = 0;
+        self.waits = if soon {
+            self.waits.saturating_add(1)
+        } else {
+            0
+        };
+        if self.waits == WAITS_MAX {
+            self.side.ring.hold_none();
         }
     }
 
@@ -271,6 +299,9 @@ impl RxQueue for FromGuest {
         self.side.ring.complete_lazily(done);
         self.side.call_guest();
         self.silent_since = 0;
+        if self.settled_at != 0 {
+            self.end_silence();
+        }
         if (BURST_MIN..BURST_MAX).contains(&done) && self.side.ring.is_packed() {
             self.rest_until = tsc().wrapping_add(REST).max(1);
         }

@@ -284,13 +284,13 @@ impl Ring {
         }
     }
 
-    /// As [`Ring::complete`], of a transmit ring, but the guest may learn of it later: with later buffers, when it wants calls, or by
-    /// [`Ring::settle`].
+    /// As [`Ring::complete`], of a transmit ring, but the guest may learn of it later: with later buffers, by [`Ring::call_wanted`] if it
+    /// wants calls, or by [`Ring::settle`].
     ///
-    /// A split ring of 256 and more always keeps some used buffers back from a driver that polls: an eighth of the ring, at most 64, or up
-    /// to twice as many. DPDK's driver takes used buffers back only when it has no others, or when all but 32 of the ring are used:
-    /// then up to a thousand at once, which its pool gives out again when they lie in nobody's cache. This way it takes one
-    /// for each that it sends.
+    /// A split ring of 512 and more holds some used buffers back from a driver that polls: a sixteenth of the ring, at most 64, or up to
+    /// twice as many; none with EVENT_IDX, and none while buffers are chains. DPDK's driver takes used buffers back only when it has
+    /// no others, or when all but 32 of the ring are used: then a thousand at once, which its pool gives out again when they
+    /// lie in nobody's cache. This way it takes one for each that it sends.
     #[inline]
     pub fn complete_lazily(&mut self, count: usize) {
         match self {
@@ -308,6 +308,13 @@ impl Ring {
         }
     }
 
+    /// Holds no more used buffers back from now on: the guest cannot do without them.
+    pub fn hold_none(&mut self) {
+        if let Ring::Split(ring) = self {
+            ring.hold_none();
+        }
+    }
+
     /// Tells the guest of all used buffers. It may want a call then: see [`Ring::call_wanted`].
     #[inline]
     pub fn settle(&mut self) {
@@ -316,7 +323,7 @@ impl Ring {
         }
     }
 
-    /// True if the guest wants to be called about what was completed since the last time this was asked.
+    /// True if the guest wants to be called about what was completed since the last time this was asked. Then it is told of all of it.
     #[inline]
     pub fn call_wanted(&mut self) -> bool {
         match self {

@@ -21,10 +21,11 @@ use super::ring::{
 const NO_NOTIFY: u16 = 1;
 /// Bytes of a cache line.
 const LINE: usize = 64;
-/// Used buffers that [`SplitRing::complete_lazily`] holds back: an eighth of the ring, at most so many; sometimes one less than twice that.
-const HOLD_MOST: u16 = 64;
+/// Used buffers that [`SplitRing::complete_lazily`] holds back at least: a sixteenth of the ring, at most so many. At most it is one less
+/// than twice that.
+const RESERVE_MOST: u16 = 64;
 /// Fewer are no use: DPDK's driver waits until all but 32 of a ring are used.
-const HOLD_LEAST: u16 = 32;
+const RESERVE_LEAST: u16 = 32;
 
 /// A split ring, used by one thread at a time.
 pub struct SplitRing {
@@ -41,13 +42,13 @@ pub struct SplitRing {
     next: u16,
     /// Our `used.idx`: behind `next` by the used buffers that are held back.
     published: u16,
-    /// Used buffers that are held back, at least; 0: none are.
-    hold: u16,
+    /// Used buffers that are held back while the driver polls, at least; 0: none ever.
+    reserve: u16,
     /// The last fetch met a chain. Its descriptors are many, and a guest may soon be short of them.
     chained: bool,
     /// The guest's `avail.idx` when it was last read.
     seen: u16,
-    /// `next` when `call_wanted` was last asked.
+    /// `published` when `call_wanted` was last asked.
     called_at: u16,
     hit: Hit,
     /// The descriptor that the driver will probably use next.
@@ -77,7 +78,7 @@ impl SplitRing {
             indirect: setup.has(feature::INDIRECT_DESC),
             next: setup.base as u16,
             published: setup.base as u16,
-            hold: hold(&setup),
+            reserve: reserve(&setup),
             chained: false,
             seen: setup.base as u16,
             called_at: setup.base as u16,
@@ -231,7 +232,7 @@ impl SplitRing {
         }
     }
 
-    /// The lines of the used elements that `complete` is going to write.
+    /// The lines of the used elements that `use_up` is going to write.
     #[inline]
     fn own_used_elements(&self, count: usize) {
         for index in (0..count + 7).step_by(LINE / 8) {
@@ -288,10 +289,10 @@ impl SplitRing {
     #[inline]
     pub(super) fn complete_lazily(&mut self, count: usize) {
         self.use_up(count, &[]);
-        if self.hold == 0 || self.chained {
+        if self.reserve == 0 || self.chained {
             self.publish(self.next);
-        } else if self.held() >= 2 * self.hold {
-            self.publish(self.next.wrapping_sub(self.hold));
+        } else if self.held() >= 2 * self.reserve {
+            self.publish(self.next.wrapping_sub(self.reserve));
         }
     }
 
@@ -304,10 +305,12 @@ impl SplitRing {
     /// See [`super::ring::Ring::settle`].
     #[inline]
     pub(super) fn settle(&mut self) {
-        if self.held() != 0 {
-            self.called_at = self.published;
-            self.publish(self.next);
-        }
+        self.publish(self.next);
+    }
+
+    /// See [`super::ring::Ring::hold_none`].
+    pub(super) fn hold_none(&mut self) {
+        self.reserve = 0;
     }
 
     /// Consumes the first `count` fetched buffers.
@@ -369,7 +372,7 @@ impl SplitRing {
         let heads = self.heads.get(buffers).unwrap_or(&[]);
         let (with, without) = heads.split_at(heads.len().min(written.len()));
         debug_assert!(slot + heads.len() <= usize::from(self.size));
-        // SAFETY: `complete` asks for no more elements than there are from `slot` to the ring's end; 4 + 8·size bytes are mapped
+        // SAFETY: `use_up` asks for no more elements than there are from `slot` to the ring's end; 4 + 8·size bytes are mapped
         // at `used`, which is 4-aligned, so the pair is written as one possibly unaligned u64.
         unsafe {
             let mut at = self.used.add(4 + 8 * slot).cast::<u64>();
@@ -388,25 +391,25 @@ impl SplitRing {
     #[inline]
     pub(super) fn call_wanted(&mut self) -> bool {
         let (old, new) = (self.called_at, self.next);
-        self.called_at = new;
         if old == new {
             return false;
         }
         // SeqCst: orders our store of used.idx before the load of what the guest wants; pairs with the guest's fence between
         // storing that and looking at used.idx again (§2.7.7.1, §2.7.10).
         full_fence();
-        if self.event_idx {
+        let wanted = if self.event_idx {
             let event = self
                 .avail_u16(4 + 2 * usize::from(self.size))
                 .load(Ordering::Relaxed);
             passed(event, new, new.wrapping_sub(old))
         } else {
-            let wanted = self.avail_u16(0).load(Ordering::Relaxed) & NO_NOTIFY == 0;
-            if wanted {
-                self.publish(new); // it waits for its buffers
-            }
-            wanted
+            self.avail_u16(0).load(Ordering::Relaxed) & NO_NOTIFY == 0
+        };
+        if wanted {
+            self.publish(new); // nothing is held back from a guest that waits
         }
+        self.called_at = self.published;
+        wanted
     }
 
     /// See [`super::ring::Ring::arm`].
@@ -437,10 +440,14 @@ impl SplitRing {
 }
 
 /// How many used buffers a ring holds back: none where the guest says of which one it wants to be told, or has none to spare.
-fn hold(setup: &RingSetup) -> u16 {
-    let spare = (setup.size / 8).min(HOLD_MOST);
+fn reserve(setup: &RingSetup) -> u16 {
+    let spare = (setup.size / 16).min(RESERVE_MOST);
     let told = setup.way == Way::ToGuest || setup.has(feature::EVENT_IDX);
-    if told || spare < HOLD_LEAST { 0 } else { spare }
+    if told || spare < RESERVE_LEAST {
+        0
+    } else {
+        spare
+    }
 }
 
 /// An indirect table ends its chain, is not nested, and its `next` stay inside it (§2.7.5.3.1).

@@ -9,7 +9,7 @@ use ringway::virtio::own_mem::OwnMem;
 use ringway::virtio::ring::{Ring, RingSetup, Way, feature};
 
 const GPA: u64 = 0x4000_0000;
-const LEN: u64 = 16 << 10;
+const LEN: u64 = 32 << 10;
 
 thread_local! {
     static MEMORY: OnceCell<(Arc<OwnMem>, Arc<GuestMem>)> = const { OnceCell::new() };
@@ -75,15 +75,15 @@ fn run(mut script: Script<'_>, layout: u64, own: &OwnMem, mapped: &Arc<GuestMem>
         1..=3 => 1 << (bits >> 4),
         4 => 7,
         5..=11 => 64,
-        _ => 256, // holds used buffers back
+        _ => 512, // holds used buffers back
     };
     let base = u32::from(script.word()?);
     let setup = RingSetup {
         mem: mapped.clone(),
         size,
         desc: own.uva(),
-        avail: own.uva() + 4096,
-        used: own.uva() + 8192,
+        avail: own.uva() + 8192,
+        used: own.uva() + 16384,
         base,
         features,
         way,
@@ -115,7 +115,7 @@ fn run(mut script: Script<'_>, layout: u64, own: &OwnMem, mapped: &Arc<GuestMem>
                 own.write(GPA + slot * 16 + 8, &tail.to_le_bytes());
             }
             160..=179 => {
-                own.write(GPA + 4096 + 2, &script.word()?.to_le_bytes());
+                own.write(GPA + 8192 + 2, &script.word()?.to_le_bytes());
             }
             // 2. The device's turn.
             choice @ 180..=239 => {

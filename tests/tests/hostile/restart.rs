@@ -1,7 +1,7 @@
 //! H89: the switch is killed, and attackers corrupt their rings before the next one is there.
 //!
 //! Guests that listen outlive the switch. The new one finds their rings as they are and judges them afresh; honest ones go on where
-//! they were.
+//! they were, but for the frames that were in flight: those may come twice.
 
 use std::path::Path;
 use std::time::Instant;
@@ -24,6 +24,8 @@ use super::x::Dice;
 const ATTACKERS: usize = 8;
 /// Frames of the innocents between two kills, each way.
 const FRAMES: u64 = 2000;
+/// Frames whose buffers the switch may hold back in a ring of 512 (`Ring::complete_lazily`).
+const HELD: usize = 2 * 32 - 1;
 
 /// A guest that listens.
 struct Listener {
@@ -35,10 +37,14 @@ struct Listener {
 
 impl Listener {
     fn attach(dir: &Path, port: &str, number: u32) -> Result<Listener> {
+        Listener::with_rings(256, dir, port, number)
+    }
+
+    fn with_rings(ring_size: u16, dir: &Path, port: &str, number: u32) -> Result<Listener> {
         let mut guest = Guest::new(Options {
             patience: PATIENCE,
             wait: PATIENCE,
-            ring_size: 256,
+            ring_size,
             in_order: false,
             ..Options::new(dir.join(format!("{port}.sock"))).listen()
         })?;
@@ -176,6 +182,16 @@ fn config(xs: &[String]) -> Config {
     }
 }
 
+/// Waits until the switch has given all buffers back.
+fn at_rest(queues: &mut QueuePair) -> Result<()> {
+    let end = Instant::now() + PATIENCE;
+    while queues.tx.in_flight() > 0 {
+        ensure!(Instant::now() < end, "the switch keeps buffers");
+        std::thread::yield_now();
+    }
+    Ok(())
+}
+
 /// Kills the switch, corrupts, starts it again, and asks what became of all.
 fn round(
     switch: &mut Ringway,
@@ -184,6 +200,9 @@ fn round(
     dice: &mut Dice,
 ) -> Result<()> {
     let api = switch.api();
+    for guest in honest.iter_mut().chain(xs.iter_mut()) {
+        at_rest(&mut guest.queues).with_context(|| guest.port.clone())?;
+    }
     switch.process().kill();
     let right: Vec<Judgement> = (xs.iter_mut())
         .map(|x| corrupt(x, dice))
@@ -251,5 +270,44 @@ fn h89_rings_corrupted_while_the_switch_is_dead_are_judged_afresh_and_honest_gue
     ensure!(!said.contains("panicked"), "the switch said:\n{said}");
     drop((honest, xs));
     api::balanced(&switch.api())?;
+    switch.stop().map(drop)
+}
+
+#[test]
+fn frames_that_a_killed_switch_held_back_may_come_once_more_and_no_others() -> Result<()> {
+    let _alone = alone();
+    let mut switch = Ringway::start_with(config(&[]))?;
+    let dir = switch.dir().to_owned();
+    let mut a = Listener::with_rings(512, &dir, "a", 1)?;
+    let mut b = Listener::with_rings(512, &dir, "b", 2)?;
+    for (round, rests) in [false, true, false, true].into_iter().enumerate() {
+        let numbered = |n| frame(b.mac, a.mac, format!("{round} {n:03}").as_bytes());
+        let sent: Vec<_> = (0..200).map(numbered).collect();
+        for bytes in &sent {
+            reach(&mut a.queues, &mut b.queues, bytes)?;
+        }
+        if rests {
+            at_rest(&mut a.queues)?;
+        }
+        switch.crash_and_restart()?;
+        for guest in [&mut b, &mut a] {
+            guest.guest.resume()?;
+        }
+        let last = frame(b.mac, a.mac, b"the last");
+        let (mut again, mut over, end) = (Vec::new(), false, Instant::now() + PATIENCE);
+        while !over {
+            ensure!(Instant::now() < end, "a frame does not come");
+            send(&mut a.queues, &last)?;
+            b.queues.rx.receive(|frame| {
+                over |= frame.matches(0, &last);
+                again.extend(sent.iter().position(|bytes| frame.matches(0, bytes)));
+            });
+        }
+        // The first of them may have come when b was not there yet.
+        let tail: Vec<_> = (sent.len() - again.len()..sent.len()).collect();
+        ensure!(again == tail, "round {round}: {again:?}");
+        let most = if rests { 0 } else { HELD };
+        ensure!(again.len() <= most, "round {round}: {} again", again.len());
+    }
     switch.stop().map(drop)
 }
