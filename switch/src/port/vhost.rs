@@ -39,9 +39,9 @@ const HOLD_FOR: u64 = if cfg!(target_arch = "x86_64") {
 } else {
     0
 };
-/// A guest that sends so soon (0.1 ms) after it got all its buffers back probably waited for them, ...
+/// Cycles, some 0.1 ms: a guest that sends so soon after a silence in which it got all its buffers back was probably waiting for them.
 const SOON: u64 = 260_000;
-/// ... and if it does that so many times in a row, it cannot do without them: it has fewer than others.
+/// A guest that waits so many times in a row has too few buffers for any to be held back.
 const WAITS_MAX: u8 = 16;
 /// Fewer frames are no burst: nobody may be made to wait who sends them one by one.
 const BURST_MIN: usize = 8;

@@ -21,8 +21,8 @@ use super::ring::{
 const NO_NOTIFY: u16 = 1;
 /// Bytes of a cache line.
 const LINE: usize = 64;
-/// Used buffers that [`SplitRing::complete_lazily`] holds back at least: a sixteenth of the ring, at most so many. At most it is one less
-/// than twice that.
+/// Used buffers that [`SplitRing::complete_lazily`] holds back: a sixteenth of the ring, but no more than so many; between two publications up to
+/// one less than twice that.
 const RESERVE_MOST: u16 = 64;
 /// Fewer are no use: DPDK's driver waits until all but 32 of a ring are used.
 const RESERVE_LEAST: u16 = 32;
@@ -147,6 +147,7 @@ impl SplitRing {
         // 1. Heads; the descriptors' lines are on their way.
         self.expect_descriptors(count);
         if self.way == Way::ToGuest {
+            // The next burst's heads.
             let later = usize::from(self.next.wrapping_add(BATCH as u16) & self.mask());
             prefetch_read(self.avail.wrapping_add(4 + 2 * later));
             self.own_used_elements(count);
