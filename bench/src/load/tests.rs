@@ -219,18 +219,18 @@ fn many_stations_are_checked_flow_by_flow() {
 #[test]
 fn a_known_delay_stands_in_the_histogram() {
     let pass = || -> Fate { Box::new(|_, _| Action::Pass) };
-    let delay = Duration::from_millis(7);
+    let delay = Duration::from_millis(40);
     let bed = bed(Kind::Faulty(delay, vec![pass(), pass()]));
     let mut fleet = fleet(&bed, &Frontends::plain(), &Frames::plain(64));
     let rate = fleet.every(2000.0).unwrap();
     for pace in [Pace::Window(1), rate] {
         let outcome = run(&mut fleet, pace, 1.0);
         let times = outcome.latency("all");
-        assert!(times.count > 100, "{times:?}");
+        assert!(times.count > 20, "{times:?}");
         assert_eq!(outcome.count.lost, 0);
-        // Two digits: 1 %. Upwards a busy machine may add what it likes, but hardly to half of the frames.
-        assert!(times.min >= 6.93e6, "{times:?}");
-        assert!((6.93e6..12e6).contains(&times.p50), "{times:?}");
+        // Two digits: 1 %. Upwards a busy machine adds some slices of a few milliseconds, but not the delay again.
+        assert!(times.min >= 39.6e6, "{times:?}");
+        assert!((39.6e6..80e6).contains(&times.p50), "{times:?}");
     }
 }
 
