@@ -230,7 +230,7 @@ fn a_known_delay_stands_in_the_histogram() {
         assert_eq!(outcome.count.lost, 0);
         // Two digits: 1 %. Upwards a busy machine adds some slices of a few milliseconds, but not the delay again.
         assert!(times.min >= 39.6e6, "{times:?}");
-        assert!((39.6e6..80e6).contains(&times.p50), "{times:?}");
+        assert!((39.6e6..68e6).contains(&times.p50), "{times:?}");
     }
 }
 
