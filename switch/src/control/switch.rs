@@ -266,6 +266,9 @@ impl Switch {
                 drop(thread.join());
             }
         }
+        if let Some(alarm) = &self.alarm {
+            alarm.signal(); // ends the watch's pause
+        }
         if let Some(watch) = lock(&self.watch).take() {
             drop(watch.join());
         }

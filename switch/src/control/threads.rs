@@ -19,7 +19,7 @@ use crate::port::call::Call;
 use crate::port::doze::Bed;
 
 /// How often broken attachments are looked for that no worker has told of, and the coarse clock is moved.
-const WATCH: Duration = Duration::from_millis(5);
+const WATCH: Duration = Duration::from_millis(20);
 /// How long a worker that may sleep goes on polling after the last frame.
 const IDLE_AFTER: Duration = Duration::from_millis(1);
 

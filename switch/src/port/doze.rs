@@ -14,6 +14,10 @@ use crate::dataplane::mailbox::Wake;
 use crate::dataplane::queue::RxQueue;
 use crate::dataplane::worker::Doze;
 
+/// How long a processor is left asleep in one piece. One that sleeps long sleeps deep, that of a virtual machine above all: by turning
+/// over like this it is awake some 30 µs sooner, for 1 % of its time (`bench/README.md`).
+const NAP: Duration = Duration::from_millis(3);
+
 /// A worker's bed.
 pub struct Bed {
     epoll: Arc<OwnedFd>,
@@ -83,15 +87,19 @@ impl Doze for Bed {
 
     fn sleep(&mut self, most: Duration) {
         let timeout = Timespec {
-            tv_sec: most.as_secs() as i64,
-            tv_nsec: i64::from(most.subsec_nanos()),
+            tv_sec: 0,
+            tv_nsec: i64::from(NAP.subsec_nanos()),
         };
         let nothing = epoll::Event {
             flags: epoll::EventFlags::empty(),
             data: epoll::EventData::new_u64(0),
         };
         let mut events = [nothing; 4];
-        let _ = epoll::wait(&self.epoll, &mut events, Some(&timeout));
+        for _ in 0..most.as_nanos().div_ceil(NAP.as_nanos()) {
+            if epoll::wait(&self.epoll, &mut events, Some(&timeout)) != Ok(0) {
+                break;
+            }
+        }
         let _ = rustix::io::read(&self.bell.event, &mut [0u8; 8]);
     }
 }
