@@ -51,7 +51,7 @@
 //! 7. **A driver that polls misses some used buffers** of a split ring of 512 and more while it sends, 32 to 127 of them
 //!    ([`virtio::ring::Ring::complete_lazily`]). DPDK's takes them back only when it has no others, or when all but 32 are used:
 //!    then a thousand at once, which its pool gives out again when they lie in nobody's cache. Now it takes one for each that it
-//!    sends: 64 B, near, 19.2 → 24.3 Mpps, 133 → 104 cycles of the client's; far 8.3 → 10.0. Frames of 1518 bytes, far: 5.0 → 4.3.
+//!    sends: 64 B, near, 19.2 → 24.3 Mpps, 133 → 104 cycles of the client's; far 8.3 → 10.0. Frames of 1518 bytes, far: 5.0 → 4.3; see 8.
 //! 8. **What was checked is what is delivered**: the first 64 bytes of a frame are read once into private memory; verdicts rest
 //!    on the copy, and the copy is what the receiver gets, whatever the sender does to its buffer meanwhile.
 //!    A long frame's lines are copied in an order that no prefetcher takes for a way: they run on beyond its ends, into other
